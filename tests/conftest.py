@@ -1,0 +1,42 @@
+"""Fixtures for all tests. The tests folder is no package: test modules import each other's helpers by plain name (`import ranks`)."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import RankPool
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """Folder of numbers measured with the method's public reference implementation (see its README.md)."""
+    return Path(__file__).parent / "reference"
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], RankPool]]:
+    """`ranks(world_size)`: a running RankPool. One pool is kept at a time, because a rank holds up to 0.5 GB."""
+    pools: dict[int, RankPool] = {}
+
+    def close_others(world_size: int | None) -> None:
+        for size in [
+            size for size, pool in pools.items() if size != world_size or pool.closed
+        ]:
+            pools.pop(size).close()
+
+    def get(world_size: int) -> RankPool:
+        close_others(world_size)
+        if world_size not in pools:
+            pools[world_size] = RankPool(world_size)
+        return pools[world_size]
+
+    yield get
+    close_others(None)
