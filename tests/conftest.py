@@ -27,9 +27,7 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
     pools: dict[int, RankPool] = {}
 
     def close_others(world_size: int | None) -> None:
-        for size in [
-            size for size, pool in pools.items() if size != world_size or pool.closed
-        ]:
+        for size in [size for size, pool in pools.items() if size != world_size or pool.closed]:
             pools.pop(size).close()
 
     def get(world_size: int) -> RankPool:

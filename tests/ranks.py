@@ -60,9 +60,7 @@ class RankTraceback(Exception):
 class RankPool:
     """`world_size` processes with a gloo default process group (rendezvous by file) that call functions of test modules."""
 
-    def __init__(
-        self, world_size: int, *, timeout_seconds: float = TIMEOUT_SECONDS
-    ) -> None:
+    def __init__(self, world_size: int, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         # The server inherits the environment now, and numpy's BLAS would start threads when the server imports it.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -77,13 +75,7 @@ class RankPool:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             # Not daemons: a checkpoint writer forks children of its own.
-            args = (
-                rank,
-                world_size,
-                f"{self._store_dir}/store",
-                timeout_seconds,
-                theirs,
-            )
+            args = (rank, world_size, f"{self._store_dir}/store", timeout_seconds, theirs)
             process = context.Process(target=_serve, args=args, name=f"rank {rank}")
             process.start()
             theirs.close()
@@ -100,9 +92,7 @@ class RankPool:
         Raises:
             RuntimeError: a rank died, or did not answer in time; the pool is killed.
         """
-        assert not self.closed, (
-            "this pool was killed by an earlier failure: ask the `ranks` fixture for a new one"
-        )
+        assert not self.closed, "this pool was killed by an earlier failure: ask the `ranks` fixture for a new one"
         request = pickle.dumps((fn.__module__, fn.__qualname__, args, kwargs))
         dead: list[int] = []
         for rank, conn in enumerate(self._conns):
@@ -113,17 +103,10 @@ class RankPool:
         results: dict[int, Any] = {}
         errors: dict[int, tuple[Exception, str]] = {}
         deadline = time.monotonic() + self._timeout_seconds
-        while silent := [
-            rank
-            for rank in range(self.world_size)
-            if rank not in (*results, *errors, *dead)
-        ]:
+        while silent := [rank for rank in range(self.world_size) if rank not in (*results, *errors, *dead)]:
             if dead or errors:
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
-            ready = wait(
-                [self._conns[rank] for rank in silent],
-                timeout=max(0.0, deadline - time.monotonic()),
-            )
+            ready = wait([self._conns[rank] for rank in silent], timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 break
             for rank in (rank for rank in silent if self._conns[rank] in ready):
@@ -141,21 +124,11 @@ class RankPool:
         if len(errors) < self.world_size:
             self.close()
         if errors:
-            rank, (error, text) = next(
-                iter(errors.items())
-            )  # the first to fail; the others often fail because of it
+            rank, (error, text) = next(iter(errors.items()))  # the first to fail; the others often fail because of it
             unheard = f"; no answer from ranks {silent + dead}" if silent + dead else ""
-            raise error from RankTraceback(
-                f"on rank {rank} of {self.world_size}{unheard}\n{text}"
-            )
-        what = (
-            f"ranks {dead} died"
-            if dead
-            else f"no answer within {self._timeout_seconds:.0f} s"
-        )
-        unheard = (
-            f"ranks that did not answer: {sorted(silent + dead)} of {self.world_size}"
-        )
+            raise error from RankTraceback(f"on rank {rank} of {self.world_size}{unheard}\n{text}")
+        what = f"ranks {dead} died" if dead else f"no answer within {self._timeout_seconds:.0f} s"
+        unheard = f"ranks that did not answer: {sorted(silent + dead)} of {self.world_size}"
         raise RuntimeError(f"{fn.__qualname__}: {what}; {unheard}")
 
     def close(self) -> None:
@@ -174,27 +147,17 @@ class RankPool:
         shutil.rmtree(self._store_dir, ignore_errors=True)
 
 
-def _serve(
-    rank: int,
-    world_size: int,
-    store_file: str,
-    timeout_seconds: float,
-    conn: Connection,
-) -> None:
+def _serve(rank: int, world_size: int, store_file: str, timeout_seconds: float, conn: Connection) -> None:
     """What a rank does until the parent closes its end of the pipe."""
     if TESTS_DIR not in sys.path:
         sys.path.insert(0, TESTS_DIR)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     if sys.platform == "linux":
-        os.environ.setdefault(
-            "GLOO_SOCKET_IFNAME", "lo"
-        )  # the host's own name need not resolve
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name need not resolve
     torch.set_num_threads(1)
     store = dist.FileStore(store_file, world_size)
     timeout = timedelta(seconds=timeout_seconds)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
-    )
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     while True:
         try:
             request = conn.recv_bytes()
@@ -215,7 +178,5 @@ def _answer(request: bytes) -> bytes:
         try:
             pickle.loads(reply := pickle.dumps((error, text)))
         except Exception:  # noqa: BLE001  an exception that cannot travel, by whatever error of its own
-            reply = pickle.dumps(
-                (RuntimeError(f"{type(error).__name__}: {error}"), text)
-            )
+            reply = pickle.dumps((RuntimeError(f"{type(error).__name__}: {error}"), text))
         return reply
