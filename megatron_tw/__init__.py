@@ -1,3 +1,3 @@
-"""Context extension of pretrained language models with a token-weighted loss, on Megatron-Core."""
+"""Long-context training with a token-weighted loss, on Megatron-Core."""
 
 __version__ = "0.1.0"

@@ -1,0 +1,322 @@
+"""Options from YAML files and flags into dataclasses, and back.
+
+A schema is a dataclass whose fields are dataclasses (RunConfig is one), each a group of options: its docstring is the group's title, the
+line under a field is the option's help. jsonargparse does the typed parsing; this file gives it the flags, finds keys that nobody knows, and
+says what is wrong in one line. Flags win over YAML wherever they stand; of two YAML files the later wins.
+"""
+
+import ast
+import difflib
+import inspect
+import json
+import re
+import textwrap
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, DefaultHelpFormatter
+
+from megatron_tw.config.errors import user_errors
+from megatron_tw.config.schema import RunConfig
+
+Schema = TypeVar("Schema")
+
+
+def load_config(argv: Sequence[str], *, prog: str, description: str) -> RunConfig:
+    """The options of a training run from its arguments; see `load_options`."""
+    return load_options(argv, RunConfig, prog=prog, description=description)
+
+
+def load_options(argv: Sequence[str], schema: type[Schema], *, prog: str, description: str) -> Schema:
+    """Like `parse_options`, for a program: a mistake is one line `error: ...` on stderr and exit status 2."""
+    with user_errors():
+        return parse_options(argv, schema, prog=prog, description=description)
+
+
+def parse_options(argv: Sequence[str], schema: type[Schema], *, prog: str = "", description: str = "") -> Schema:
+    """Parse arguments into an instance of `schema`. `--help` prints the options and exits.
+
+    Args:
+        argv: arguments after the program's name; `--config FILE.yaml` may stand anywhere among them.
+        schema: dataclass of dataclasses; no option name may occur twice.
+
+    Raises:
+        ValueError: unknown option or YAML key, wrong type, missing required option, unreadable or malformed file; the message names it.
+    """
+    options = _options(schema)
+    parser = _parser(schema, options, prog, description)
+    files, flags = _split_config_files(argv)
+    _check_flags(flags, options)
+    for file in files:
+        _check_yaml(file, options)
+    arguments = [f"--config={file}" for file in files] + _join_lists(flags, options)
+    try:
+        values = vars(parser.parse_args(arguments))
+    except ArgumentError as error:
+        raise ValueError(_one_line(str(error), options)) from None
+    groups = {
+        group.name: get_type_hints(schema)[group.name](**{name: values[name] for name in _field_names(schema, group)})
+        for group in fields(schema)  # type: ignore[arg-type]
+    }
+    return schema(**groups)
+
+
+def flat_options(config: object) -> dict[str, Any]:
+    """Every option of `config` by its YAML key, as plain YAML values."""
+    assert is_dataclass(config)
+    groups = [getattr(config, group.name) for group in fields(config)]
+    values = {field.name: getattr(group, field.name) for group in groups for field in fields(group)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def save_config(config: object, path: str | Path) -> None:
+    """Write all options as a YAML file that `load_options` reads back to an equal object."""
+    Path(path).write_text(yaml.safe_dump(flat_options(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def describe_difference(a: object, b: object) -> str:
+    """`option: value in a -> value in b`, a line for each option that differs; empty when none does."""
+    flat_a, flat_b = flat_options(a), flat_options(b)
+    names = [name for name in flat_a | flat_b if flat_a.get(name) != flat_b.get(name)]
+    return "\n".join(f"{name}: {flat_a.get(name)} -> {flat_b.get(name)}" for name in names)
+
+
+def flag(name: str) -> str:
+    """The flag of a field: `seq_length` -> `--seq-length`."""
+    return "--" + name.replace("_", "-")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Option:
+    """One field of the schema: `type` without its `| None`."""
+
+    name: str
+    group: str
+    type: Any
+    nullable: bool
+    default: Any
+    help: str
+
+    @property
+    def is_list(self) -> bool:
+        return get_origin(self.type) is tuple
+
+    @property
+    def expected(self) -> str:
+        """The type in words."""
+        if get_origin(self.type) is Literal:
+            words = "one of " + ", ".join(map(str, get_args(self.type)))
+        elif self.is_list:
+            words = "a list of " + {int: "integers", float: "numbers", str: "strings"}[get_args(self.type)[0]]
+        else:
+            words = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[self.type]
+        return words + (" or null" if self.nullable else "")
+
+    @property
+    def metavar(self) -> str:
+        if get_origin(self.type) is Literal:
+            return "{" + ",".join(map(str, get_args(self.type))) + "}"
+        return {int: "N", float: "X", str: "TEXT"}[self.type] if not self.is_list else "A,B,..."
+
+    @property
+    def full_help(self) -> str:
+        if self.default is MISSING:
+            return f"{self.help} [required]"
+        if self.default is None:
+            return self.help if "null:" in self.help else f"{self.help} [null]"
+        return f"{self.help} [{('on' if self.default else 'off') if self.type is bool else self.default}]"
+
+
+def _options(schema: type) -> dict[str, _Option]:
+    """All options of `schema` by name."""
+    options: dict[str, _Option] = {}
+    for group in fields(schema):
+        group_class = get_type_hints(schema)[group.name]
+        helps, hints = _field_docs(group_class), get_type_hints(group_class)
+        for field in fields(group_class):
+            assert field.name not in options, f"two options named {field.name}"
+            hint, nullable = _without_none(hints[field.name])
+            options[field.name] = _Option(
+                name=field.name,
+                group=group.name,
+                type=hint,
+                nullable=nullable,
+                default=_default(field),
+                help=helps[field.name],
+            )
+    return options
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    """`int | None` -> (int, True); `int` -> (int, False)."""
+    if get_origin(hint) not in (Union, types.UnionType):
+        return hint, False
+    (plain,) = [arm for arm in get_args(hint) if arm is not type(None)]
+    return plain, True
+
+
+def _field_docs(group_class: type) -> dict[str, str]:
+    """The string under each field of a dataclass, by the field's name."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(group_class))).body
+    assert isinstance(tree, ast.ClassDef)
+    docs = {}
+    for statement, below in zip(tree.body, tree.body[1:], strict=False):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+        ):
+            assert isinstance(statement.target, ast.Name)
+            docs[statement.target.id] = " ".join(str(below.value.value).split())
+    return docs
+
+
+def _field_names(schema: type, group: Field[Any]) -> list[str]:
+    return [field.name for field in fields(get_type_hints(schema)[group.name])]
+
+
+class _HelpFormatter(DefaultHelpFormatter):
+    """Shows the help as it is written: it holds the default already."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=40, width=120)
+
+    def _get_help_string(self, action: Any) -> str:
+        return str(action.help).replace("%", "%%")
+
+
+def _parser(schema: type, options: dict[str, _Option], prog: str, description: str) -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=prog,
+        usage="%(prog)s [--config FILE.yaml] [options]",
+        description=description,
+        epilog="Every option may stand in a YAML file under its name with underscores. null takes back what a file says.",
+        formatter_class=_HelpFormatter,
+        exit_on_error=False,
+        default_env=False,
+        allow_abbrev=False,
+        print_config=None,
+    )
+    parser.add_argument(
+        "--config", action="config", metavar="FILE.yaml", help="YAML file of options; flags win over it"
+    )
+    for group in fields(schema):
+        title, _, text = (inspect.getdoc(get_type_hints(schema)[group.name]) or group.name).partition(":")
+        section = parser.add_argument_group(title.strip(" ."), text.strip()[:1].upper() + text.strip()[1:] or None)
+        for option in options.values():
+            if option.group != group.name:
+                continue
+            keywords = {"help": option.full_help} | (
+                {"required": True} if option.default is MISSING else {"default": option.default}
+            )
+            if option.type is bool:
+                section.add_argument(flag(option.name), action=ActionYesNo(no_prefix="no-"), **keywords)
+            else:
+                hint = option.type | None if option.nullable else option.type
+                section.add_argument(flag(option.name), type=hint, metavar=option.metavar, **keywords)
+    return parser
+
+
+def _split_config_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The values of --config, and the arguments that are left."""
+    files, rest = [], []
+    arguments: Iterator[str] = iter(argv)
+    for argument in arguments:
+        if argument == "--config":
+            files.append(next(arguments, ""))
+        elif argument.startswith("--config="):
+            files.append(argument.partition("=")[2])
+        else:
+            rest.append(argument)
+    for file in files:
+        if not Path(file).is_file():
+            raise ValueError(f"--config: expected a YAML file, got {file!r}, which is no file")
+    return files, rest
+
+
+def _known(name: str, options: dict[str, _Option]) -> str:
+    """What to say of an unknown name: the nearest known one."""
+    near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else "; --help lists them"
+
+
+def _check_flags(flags: Sequence[str], options: dict[str, _Option]) -> None:
+    known = {"--help"} | {flag(name) for name in options}
+    known |= {flag("no_" + name) for name, option in options.items() if option.type is bool}
+    for argument in flags:
+        name = argument.partition("=")[0]
+        if name.startswith("--") and name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            raise ValueError(
+                f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else "; --help lists them")
+            )
+
+
+def _check_yaml(file: str, options: dict[str, _Option]) -> None:
+    """Unknown, repeated and wrongly null keys, with their line: jsonargparse has no word for the last two."""
+    try:
+        root = yaml.compose(Path(file).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {file}: not a YAML file: {error}") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(
+            f"--config {file}: expected lines `option: value`, got {'nothing' if root is None else root.id}"
+        )
+    seen = set()
+    for key, value in root.value:
+        name, place = str(key.value), f"--config {file}, line {key.start_mark.line + 1}"
+        if name not in options:
+            raise ValueError(f"{place}: unknown option {name}{_known(name, options)}")
+        if name in seen:
+            raise ValueError(f"{place}: {name} is set twice")
+        seen.add(name)
+        if value.tag == "tag:yaml.org,2002:null" and not options[name].nullable:
+            raise ValueError(f"{place}: {name}: expected {options[name].expected}, got null")
+
+
+def _join_lists(flags: Sequence[str], options: dict[str, _Option]) -> list[str]:
+    """Make the values of a list option, given with spaces or commas, the one bracketed value that jsonargparse reads.
+
+    >>> _join_lists(["--transforms", "minus", "shift 2", "--bf16"], _options(RunConfig))
+    ['--transforms=["minus", "shift 2"]', '--bf16']
+    """
+    lists = {flag(name): get_args(option.type)[0] for name, option in options.items() if option.is_list}
+    joined: list[str] = []
+    position = 0
+    while position < len(flags):
+        name, equals, value = flags[position].partition("=")
+        position += 1
+        if name not in lists:
+            joined.append(flags[position - 1])
+            continue
+        values = [value] if equals else []
+        while not equals and position < len(flags) and not flags[position].startswith("--"):
+            values.append(flags[position])
+            position += 1
+        if not values:
+            raise ValueError(f"{name}: expected values, got none ([] is the empty list)")
+        if values[0] != "null" and not values[0].startswith("["):
+            items = [item.strip() for value in values for item in value.split(",")]
+            values = ["[" + ", ".join(json.dumps(item) if lists[name] is str else item for item in items) + "]"]
+        joined.append(f"{name}={' '.join(values)}")
+    return joined
+
+
+def _one_line(message: str, options: dict[str, _Option]) -> str:
+    """jsonargparse's account of a wrong value (several lines of typing's names) as `--option: expected ..., got ...`."""
+    if match := re.match(r'Parser key "(\w+)"', message):
+        option = options.get(match[1])
+        got = re.findall(r"(?:Got|Given) value: (.*)", message)
+        if option is not None and got:
+            return f"{flag(option.name)}: expected {option.expected}, got {got[-1]}"
+    if match := re.search(r"arguments are required: (.*)", message):
+        return "missing " + ", ".join(flag(name.strip()) for name in match[1].split(","))
+    return " ".join(message.split())

@@ -1,0 +1,244 @@
+"""Every option of a run, in frozen dataclasses: one class a concern, one line under each field.
+
+A field `seq_length` is the flag `--seq-length` and the YAML key `seq_length`; the line under it is its help text. Names that Megatron has are
+Megatron's. `None` means "decided from the rest", as the line says; the methods here are the only place that decides it.
+"""
+
+from dataclasses import dataclass, field
+from math import lcm
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Parallelism: how the ranks share the model and the rows. What is left over is data parallel."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each weight matrix (TP)."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share the layers (PP)."""
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    """Layers of one chunk of the interleaved pipeline schedule (needs PP > 1; null: not interleaved)."""
+    context_parallel_size: int = 1
+    """Ranks that share the tokens of each row (CP)."""
+    sequence_parallel: bool | None = None
+    """Share the activations between the TP regions as well (null: on when TP > 1; means nothing with TP 1)."""
+    cp_comm_type: Literal["p2p", "all_gather", "a2a", "a2a+p2p"] = "p2p"
+    """How Transformer Engine moves keys and values under CP; without it they are always gathered."""
+    hierarchical_context_parallel_sizes: tuple[int, ...] | None = None
+    """Sizes of the a2a and the p2p level of a2a+p2p; their product is CP."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward pass runs (needs --overlap-grad-reduce)."""
+    distributed_timeout_minutes: int = 10
+    """Minutes after which a collective that hangs ends the run."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that one copy of the model takes: TP x PP x CP."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def uses_sequence_parallel(self) -> bool:
+        """`sequence_parallel` with its default filled in: never with TP 1, else on unless it was switched off."""
+        return self.tensor_model_parallel_size > 1 and self.sequence_parallel is not False
+
+    @property
+    def seq_length_multiple(self) -> int:
+        """What a row's length must be a multiple of: two zigzag slices a CP rank, and TP equal parts of a rank's tokens under sequence
+        parallelism."""
+        parts = 2 if self.context_parallel_size > 1 else 1
+        return self.context_parallel_size * lcm(
+            parts, self.tensor_model_parallel_size if self.uses_sequence_parallel else 1
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Model: where it comes from, its numbers, and what is traded for memory."""
+
+    load_hf: str | None = None
+    """Local Hugging Face folder that the training starts from (a checkpoint under --load wins)."""
+    rotary_base: float | None = None
+    """New base of the rotary embedding (null: the checkpoint's)."""
+    bf16: bool = False
+    """Compute in bfloat16 with fp32 main weights; otherwise everything is fp32."""
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this times TP; exports are stripped again."""
+    recompute_granularity: Literal["selective", "full"] | None = None
+    """Activations computed again in the backward pass: of the core attention (selective) or of whole layers (full)."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """For full: layers in equal chunks (uniform), or only the first ones of each stage (block)."""
+    recompute_num_layers: int | None = None
+    """For full: layers of a chunk (uniform), or how many layers (block)."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Whose layers: Transformer Engine's or our own (auto: Transformer Engine's where it is installed and there is a GPU)."""
+    loss_chunk_tokens: int | None = None
+    """Tokens whose logits exist at once in the loss (null: chosen from the vocabulary size)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Data: the rows, as tools/preprocess_data.py wrote them."""
+
+    data_path: str
+    """Folder that tools/preprocess_data.py wrote."""
+    seq_length: int
+    """Tokens of a row; a row has one target less."""
+    shuffle: bool = True
+    """Visit the rows in an order drawn from --seed, another one in each epoch; else as they are stored."""
+    bos_id: int | None = None
+    """Id of the token that rows begin with, which the short windows then begin with too (null: the checkpoint's bos_token_id)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Training: how long, and in what portions."""
+
+    train_iters: int
+    """Optimizer steps of the whole run, the resumed ones included."""
+    micro_batch_size: int = 1
+    """Rows of one forward pass of one copy of the model."""
+    global_batch_size: int | None = None
+    """Rows of one optimizer step (null: one micro-batch for each data-parallel rank)."""
+    seed: int = 1234
+    """Seed of the order of the rows and of the tie-breaks of sparse weights."""
+    exit_interval: int | None = None
+    """Stop, with a checkpoint, after an iteration that this divides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationConfig:
+    """Optimization: AdamW and its learning rate."""
+
+    lr: float = 2e-5
+    """Highest learning rate."""
+    min_lr: float = 0.0
+    """Learning rate that linear and cosine decay end at."""
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate after the warm-up."""
+    lr_warmup_iters: int = 0
+    """Steps of linear warm-up from 0."""
+    lr_decay_iters: int | None = None
+    """Step at which the decay ends (null: --train-iters)."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of the matrices; norms and biases have none."""
+    clip_grad: float = 1.0
+    """Global gradient norm to clip to (0: no clipping)."""
+    adam_beta1: float = 0.9
+    """Decay of the running mean of the gradients."""
+    adam_beta2: float = 0.95
+    """Decay of the running mean of their squares."""
+    adam_eps: float = 1e-8
+    """Added to the denominator of the update."""
+
+    def decay_iters(self, train_iters: int) -> int:
+        """Step at which the decay ends. Megatron's scheduler wants more of them than warm-up steps, so a run that ends within its warm-up gets
+        as many as that takes; it never reaches them."""
+        return self.lr_decay_iters or max(train_iters, self.lr_warmup_iters + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightingOptions:
+    """Token weights: a preset and what differs from it. Null is the preset's own value; in a custom scheme it switches the step off."""
+
+    weighting: str = "uniform"
+    """Preset (uniform, dense, sparse, longce, ppmi, npmi, rho1), or custom for a scheme made of the options below."""
+    comparison: Literal["difference", "quotient"] | None = None
+    """Score from long and short NLL: their difference or their quotient."""
+    transforms: tuple[str, ...] | None = None
+    """Applied to the score in this order: absolute, minus, exp, max, "shift S"."""
+    truncation: float | None = None
+    """Highest score that is let through."""
+    sparsification: float | None = None
+    """Share of a row's targets, the highest scores, that get weight 1; the others get 0."""
+    normalization: Literal["l1", "softmax"] | None = None
+    """Weights of a row made to average 1: divided by their mean (l1), or by softmax."""
+    interpolation: float | None = None
+    """Share of uniform weights mixed in (1: plain cross-entropy)."""
+    shift: float | None = None
+    """The S of ppmi and npmi."""
+
+    @property
+    def needs_scorer(self) -> bool:
+        """Whether the weights are made from scores; uniform weights and those of exact, made from document lengths, are not."""
+        return self.weighting not in ("uniform", "exact")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerConfig:
+    """Scorer: who says what a target's NLL is with a short context only."""
+
+    scorer: Literal["unfrozen"] = "unfrozen"
+    """unfrozen: the model in training itself, in short windows."""
+    short_window: int | None = None
+    """Tokens of a short window (required by every weighting with a scorer)."""
+    short_stride: int | None = None
+    """Tokens from one window to the next (null: (1 - window/seq) x window, less where the least context asks for it)."""
+    min_short_context: int | None = None
+    """Least context that a target beyond the first window must have, in tokens (null: a quarter of the window)."""
+    scoring_micro_batch: int | None = None
+    """Windows of one forward pass of the scorer on a rank (null: all that a micro-batch gives it)."""
+
+    @property
+    def least_context(self) -> int:
+        """`min_short_context` with its default filled in, in tokens. Needs `short_window`."""
+        assert self.short_window is not None
+        return self.short_window // 4 if self.min_short_context is None else self.min_short_context
+
+    def stride(self, seq_length: int) -> int:
+        """`short_stride` with its default filled in: s = (1 - n/N) n as published (arXiv 2503.09202), which makes the windows after the first
+        hold N tokens in all, but at most n - least_context. Needs `short_window`."""
+        assert self.short_window is not None
+        if self.short_stride is not None:
+            return self.short_stride
+        published = (seq_length - self.short_window) * self.short_window // seq_length
+        return max(1, min(published, self.short_window - self.least_context))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints: what a run leaves, and what it goes on from."""
+
+    save: str | None = None
+    """Folder of the run: checkpoints, metrics.jsonl, the resolved options."""
+    save_interval: int | None = None
+    """Steps between two checkpoints (null: only at the end)."""
+    load: str | None = None
+    """Folder of a run to resume; without a checkpoint in it the run starts fresh and says so."""
+    save_hf: str | None = None
+    """Folder for the final model in Hugging Face format."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Logging."""
+
+    tensorboard_dir: str | None = None
+    """Folder for TensorBoard (null: tensorboard/ under --save)."""
+    log_interval: int = 1
+    """Steps between two lines of the log."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All options of a training run."""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizationConfig = field(default_factory=OptimizationConfig)
+    weighting: WeightingOptions = field(default_factory=WeightingOptions)
+    scorer: ScorerConfig = field(default_factory=ScorerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def tensorboard_dir(self) -> Path | None:
+        """Where TensorBoard files go, with the default filled in; None when nothing is saved."""
+        if self.logging.tensorboard_dir is not None:
+            return Path(self.logging.tensorboard_dir)
+        return Path(self.checkpoint.save) / "tensorboard" if self.checkpoint.save is not None else None
