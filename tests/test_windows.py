@@ -1,0 +1,74 @@
+import doctest
+
+import pytest
+
+from megatron_tw.weighting import check_stride, default_stride, plan_windows, windows
+
+
+def test_docstring_examples():
+    failed, tried = doctest.testmod(windows)
+    assert failed == 0 and tried >= 5
+
+
+@pytest.mark.parametrize(
+    "seq_length, window, stride", [(256, 64, 48), (256, 64, 63), (97, 16, 1), (20, 20, 3), (21, 20, 19)]
+)
+@pytest.mark.parametrize("include_first", [True, False])
+def test_every_target_is_scored_once_with_enough_context(seq_length, window, stride, include_first):
+    plan = plan_windows(seq_length, window, stride, include_first=include_first)
+    scored = [target for span in plan for target in range(span.first_target, span.last_target + 1)]
+    assert scored == list(range(1 if include_first else window, seq_length))
+    for span in plan:
+        assert span.length == window and 0 <= span.start and span.start + window <= seq_length
+        if span.start > 0:
+            assert window - stride <= span.first_target - span.start <= span.last_target - span.start <= window - 1
+            assert span.last_target == span.start + window - 1
+
+
+def test_even_windows_start_at_multiples_of_the_stride():
+    assert [span.start for span in plan_windows(256, 64, 48, include_first=True)] == [0, 48, 96, 144, 192]
+
+
+def test_published_plans():
+    plan = plan_windows(32768, 8192, 6144, include_first=False)
+    assert len(plan) == 4 and sum(span.length for span in plan) == 32768
+    long_plan = plan_windows(131072, 8192, 6144, include_first=False)
+    assert len(long_plan) == 20 and sum(span.length for span in long_plan) == 131072 * 5 // 4
+    assert len(plan_windows(1 << 20, 8192, 6144, include_first=True)) == 1 + -(-(2**20 - 8192) // 6144)
+
+
+def test_default_stride():
+    assert default_stride(256, 64) == 48
+    assert default_stride(131072, 8192, min_context=512) == 7680
+    assert default_stride(32768, 2048) == 1536  # the paper's 1920 leaves 128 tokens, n/4 is 512
+    assert default_stride(64, 64) == 1  # no window to place
+    assert default_stride(100, 64) == 23  # (1 - 0.64) * 64 = 23.04
+    for seq_length in range(16, 200, 7):
+        check_stride(seq_length, 16, default_stride(seq_length, 16))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: plan_windows(64, 65, 8, include_first=True), "--short-window: expected 2 to --seq-length 64, got 65"),
+        (lambda: plan_windows(64, 1, 1, include_first=True), "--short-window: .*got 1"),
+        (lambda: plan_windows(64, 16, 16, include_first=True), "--short-stride: expected 1 to 15 .*got 16"),
+        (lambda: plan_windows(64, 16, 0, include_first=True), "--short-stride: .*got 0"),
+        (lambda: check_stride(64, 16, 17), "--short-stride: .*got 17"),
+        (
+            lambda: check_stride(64, 16, 9, 8),
+            "--short-stride: 9 leaves .* 7 tokens .* asks for 8. Strides up to 8 fit; .*: 8, 6, 4$",
+        ),
+        (lambda: check_stride(64, 16, 8, 16), "--min-short-context: expected 1 to 15"),
+        (lambda: default_stride(64, 16, 0), "--min-short-context: .*got 0"),
+        (lambda: default_stride(64, 128), "--short-window: "),
+    ],
+)
+def test_bad_plans_name_the_option(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_the_least_context_is_allowed():
+    check_stride(64, 16, 8, 8)
+    check_stride(64, 16, 12)
