@@ -1,5 +1,20 @@
 """Options: frozen dataclasses, read from YAML and flags, checked before anything is allocated."""
 
+from megatron_tw.config.checks import (
+    check_checkpoint,
+    check_config,
+    check_model_shape,
+    check_optimizer,
+    check_parallel,
+    check_recompute,
+    check_seq_length,
+    check_weighting,
+    check_windows,
+    data_parallel_size,
+    num_microbatches,
+    padded_vocab_size,
+    virtual_pipeline_size,
+)
 from megatron_tw.config.errors import user_errors
 from megatron_tw.config.load import (
     describe_difference,
@@ -33,11 +48,24 @@ __all__ = [
     "ScorerConfig",
     "TrainConfig",
     "WeightingOptions",
+    "check_checkpoint",
+    "check_config",
+    "check_model_shape",
+    "check_optimizer",
+    "check_parallel",
+    "check_recompute",
+    "check_seq_length",
+    "check_weighting",
+    "check_windows",
+    "data_parallel_size",
     "describe_difference",
     "flat_options",
     "load_config",
     "load_options",
+    "num_microbatches",
+    "padded_vocab_size",
     "parse_options",
     "save_config",
     "user_errors",
+    "virtual_pipeline_size",
 ]

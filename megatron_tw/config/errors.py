@@ -14,11 +14,13 @@ GRACE_SECONDS = 5.0
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Around a tool's `main`: turn an OSError, or a ValueError that this project raised, into `error: ...` on stderr and exit status 2.
+    """Around a tool's `main`: turn an OSError, or a ValueError that this project raised, into `error: ...` on stderr
+    and exit status 2.
 
-    A ValueError from inside a library is nobody's wrong option and keeps its traceback. Under a launcher most mistakes are seen by every rank
-    at once; rank 0 tells. The others wait GRACE_SECONDS first, in which the launcher ends them: without that, the first of them to leave
-    would make the launcher end rank 0 before it has spoken. What only one of them saw (a file missing on its machine), it then says itself.
+    A ValueError from inside a library is nobody's wrong option and keeps its traceback. Under a launcher most mistakes
+    are seen by every rank at once; rank 0 tells. The others wait GRACE_SECONDS first, in which the launcher ends them:
+    without that, the first of them to leave would make the launcher end rank 0 before it has spoken. What only one of
+    them saw (a file missing on its machine), it then says itself.
     """
     try:
         yield

@@ -1,8 +1,9 @@
 """Options from YAML files and flags into dataclasses, and back.
 
-A schema is a dataclass whose fields are dataclasses (RunConfig is one), each a group of options: its docstring is the group's title, the
-line under a field is the option's help. jsonargparse does the typed parsing; this file gives it the flags, finds keys that nobody knows, and
-says what is wrong in one line. Flags win over YAML wherever they stand; of two YAML files the later wins.
+A schema is a dataclass whose fields are dataclasses (RunConfig is one), each a group of options: its docstring is the
+group's title, the line under a field is the option's help. jsonargparse does the typed parsing; this file gives it the
+flags, finds keys that nobody knows, and says what is wrong in one line. Flags win over YAML wherever they stand; of
+two YAML files the later wins.
 """
 
 import ast
@@ -45,7 +46,8 @@ def parse_options(argv: Sequence[str], schema: type[Schema], *, prog: str = "", 
         schema: dataclass of dataclasses; no option name may occur twice.
 
     Raises:
-        ValueError: unknown option or YAML key, wrong type, missing required option, unreadable or malformed file; the message names it.
+        ValueError: unknown option or YAML key, wrong type, missing required option, unreadable or malformed file; the
+        message names it.
     """
     options = _options(schema)
     parser = _parser(schema, options, prog, description)
@@ -198,7 +200,7 @@ def _parser(schema: type, options: dict[str, _Option], prog: str, description: s
         prog=prog,
         usage="%(prog)s [--config FILE.yaml] [options]",
         description=description,
-        epilog="Every option may stand in a YAML file under its name with underscores. null takes back what a file says.",
+        epilog="A YAML file holds options under their names with underscores. null takes back what it says.",
         formatter_class=_HelpFormatter,
         exit_on_error=False,
         default_env=False,
@@ -311,7 +313,7 @@ def _join_lists(flags: Sequence[str], options: dict[str, _Option]) -> list[str]:
 
 
 def _one_line(message: str, options: dict[str, _Option]) -> str:
-    """jsonargparse's account of a wrong value (several lines of typing's names) as `--option: expected ..., got ...`."""
+    """jsonargparse's account of a wrong value, several lines of typing's names, as `--option: expected ..., got ...`."""
     if match := re.match(r'Parser key "(\w+)"', message):
         option = options.get(match[1])
         got = re.findall(r"(?:Got|Given) value: (.*)", message)

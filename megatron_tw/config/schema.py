@@ -1,7 +1,8 @@
 """Every option of a run, in frozen dataclasses: one class a concern, one line under each field.
 
-A field `seq_length` is the flag `--seq-length` and the YAML key `seq_length`; the line under it is its help text. Names that Megatron has are
-Megatron's. `None` means "decided from the rest", as the line says; the methods here are the only place that decides it.
+A field `seq_length` is the flag `--seq-length` and the YAML key `seq_length`; the line under it is its help text.
+Names that Megatron has are Megatron's. `None` means "decided from the rest", as the line says; the methods here are
+the only place that decides it.
 """
 
 from dataclasses import dataclass, field
@@ -47,12 +48,11 @@ class ParallelConfig:
 
     @property
     def seq_length_multiple(self) -> int:
-        """What a row's length must be a multiple of: two zigzag slices a CP rank, and TP equal parts of a rank's tokens under sequence
-        parallelism."""
-        parts = 2 if self.context_parallel_size > 1 else 1
-        return self.context_parallel_size * lcm(
-            parts, self.tensor_model_parallel_size if self.uses_sequence_parallel else 1
-        )
+        """What a row's length must be a multiple of: each CP rank holds two slices of equal length, and sequence
+        parallelism cuts its tokens into TP equal parts."""
+        slices = 2 if self.context_parallel_size > 1 else 1
+        parts = self.tensor_model_parallel_size if self.uses_sequence_parallel else 1
+        return self.context_parallel_size * lcm(slices, parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,8 @@ class ModelConfig:
     recompute_num_layers: int | None = None
     """For full: layers of a chunk (uniform), or how many layers (block)."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Whose layers: Transformer Engine's or our own (auto: Transformer Engine's where it is installed and there is a GPU)."""
+    """Whose layers: Transformer Engine's or our own (auto: Transformer Engine's where it is installed and there is a
+    GPU)."""
     loss_chunk_tokens: int | None = None
     """Tokens whose logits exist at once in the loss (null: chosen from the vocabulary size)."""
 
@@ -90,7 +91,8 @@ class DataConfig:
     shuffle: bool = True
     """Visit the rows in an order drawn from --seed, another one in each epoch; else as they are stored."""
     bos_id: int | None = None
-    """Id of the token that rows begin with, which the short windows then begin with too (null: the checkpoint's bos_token_id)."""
+    """Id of the token that rows begin with, which the short windows then begin with too (null: the checkpoint's
+    bos_token_id)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,14 +137,14 @@ class OptimizationConfig:
     """Added to the denominator of the update."""
 
     def decay_iters(self, train_iters: int) -> int:
-        """Step at which the decay ends. Megatron's scheduler wants more of them than warm-up steps, so a run that ends within its warm-up gets
-        as many as that takes; it never reaches them."""
+        """Step at which the decay ends. Megatron's scheduler wants more of them than warm-up steps, so a run that ends
+        within its warm-up gets as many as that takes; it never reaches them."""
         return self.lr_decay_iters or max(train_iters, self.lr_warmup_iters + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightingOptions:
-    """Token weights: a preset and what differs from it. Null is the preset's own value; in a custom scheme it switches the step off."""
+    """Token weights: a preset and what differs from it. Null is the preset's value; in a custom scheme, no such step."""
 
     weighting: str = "uniform"
     """Preset (uniform, dense, sparse, longce, ppmi, npmi, rho1), or custom for a scheme made of the options below."""
@@ -163,7 +165,7 @@ class WeightingOptions:
 
     @property
     def needs_scorer(self) -> bool:
-        """Whether the weights are made from scores; uniform weights and those of exact, made from document lengths, are not."""
+        """Whether the weights are made from scores (exact makes them from the lengths of the documents)."""
         return self.weighting not in ("uniform", "exact")
 
 
@@ -176,7 +178,7 @@ class ScorerConfig:
     short_window: int | None = None
     """Tokens of a short window (required by every weighting with a scorer)."""
     short_stride: int | None = None
-    """Tokens from one window to the next (null: (1 - window/seq) x window, less where the least context asks for it)."""
+    """Tokens from one window to the next (null: (1 - window/seq) x window, or less for the sake of the least context)."""
     min_short_context: int | None = None
     """Least context that a target beyond the first window must have, in tokens (null: a quarter of the window)."""
     scoring_micro_batch: int | None = None
@@ -189,8 +191,8 @@ class ScorerConfig:
         return self.short_window // 4 if self.min_short_context is None else self.min_short_context
 
     def stride(self, seq_length: int) -> int:
-        """`short_stride` with its default filled in: s = (1 - n/N) n as published (arXiv 2503.09202), which makes the windows after the first
-        hold N tokens in all, but at most n - least_context. Needs `short_window`."""
+        """`short_stride` with its default filled in: s = (1 - n/N) n as published (arXiv 2503.09202), which makes the
+        windows after the first hold N tokens in all, but at most n - least_context. Needs `short_window`."""
         assert self.short_window is not None
         if self.short_stride is not None:
             return self.short_stride

@@ -1,0 +1,297 @@
+"""Every check that needs more than one option, or an option's range: before a group is created or a byte allocated.
+
+Each function raises ValueError with the option, what was expected and what was given. What needs the shape of the
+model takes plain numbers.
+"""
+
+import math
+from pathlib import Path
+
+from megatron_tw.config.load import flag
+from megatron_tw.config.schema import (
+    CheckpointConfig,
+    ModelConfig,
+    OptimizationConfig,
+    ParallelConfig,
+    RunConfig,
+    ScorerConfig,
+    TrainConfig,
+    WeightingOptions,
+)
+
+
+def check_config(config: RunConfig, world_size: int | None = None) -> None:
+    """Check a training run's options with each other, and with the number of ranks where that is known."""
+    check_parallel(config.parallel, world_size)
+    check_recompute(config.model)
+    check_weighting(config.weighting, config.scorer)
+    check_seq_length(config.parallel, config.data.seq_length)
+    if config.scorer.short_window is not None:
+        check_windows(config.scorer, config.data.seq_length, config.parallel)
+    else:
+        _require(config.scorer.short_stride is None, "--short-stride: expected --short-window with it, got none")
+    check_optimizer(config.optimizer)
+    check_checkpoint(config.checkpoint, config.model, config.train)
+    _at_least(1, train_iters=config.train.train_iters, micro_batch_size=config.train.micro_batch_size)
+    _at_least(1, global_batch_size=config.train.global_batch_size, exit_interval=config.train.exit_interval)
+    _at_least(0, seed=config.train.seed, bos_id=config.data.bos_id)
+    _at_least(1, make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by)
+    _at_least(1, loss_chunk_tokens=config.model.loss_chunk_tokens, log_interval=config.logging.log_interval)
+    _above(0, rotary_base=config.model.rotary_base)
+    _require(
+        config.model.transformer_impl != "local" or config.parallel.cp_comm_type == "p2p",
+        f"--cp-comm-type: {config.parallel.cp_comm_type} is Transformer Engine's; "
+        "--transformer-impl local always gathers",
+    )
+    if world_size is not None:
+        num_microbatches(config.train, config.parallel, world_size)
+
+
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Copies of the model that `world_size` ranks hold. Raises ValueError when ranks are left over."""
+    _require(
+        world_size > 0 and world_size % parallel.model_parallel_size == 0,
+        f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size} x --pipeline-model-parallel-size "
+        f"{parallel.pipeline_model_parallel_size} x --context-parallel-size {parallel.context_parallel_size}: "
+        f"expected a number of ranks that is a multiple of {parallel.model_parallel_size}, got {world_size}",
+    )
+    return world_size // parallel.model_parallel_size
+
+
+def num_microbatches(train: TrainConfig, parallel: ParallelConfig, world_size: int) -> int:
+    """Micro-batches that each copy of the model goes through in one optimizer step."""
+    rows = train.micro_batch_size * data_parallel_size(parallel, world_size)
+    global_batch = rows if train.global_batch_size is None else train.global_batch_size
+    _require(
+        global_batch % rows == 0,
+        f"--global-batch-size: expected a multiple of --micro-batch-size {train.micro_batch_size} x data-parallel size "
+        f"{rows // train.micro_batch_size} = {rows}, got {global_batch}",
+    )
+    count, stages = global_batch // rows, parallel.pipeline_model_parallel_size
+    _require(
+        parallel.num_layers_per_virtual_pipeline_stage is None or count % stages == 0,
+        f"--global-batch-size {global_batch}: the interleaved schedule (--num-layers-per-virtual-pipeline-stage) "
+        f"takes micro-batches in multiples of --pipeline-model-parallel-size {stages}, got {count}",
+    )
+    return count
+
+
+def check_parallel(parallel: ParallelConfig, world_size: int | None = None) -> None:
+    """The axes by themselves, and that they make up `world_size`."""
+    _at_least(
+        1,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        num_layers_per_virtual_pipeline_stage=parallel.num_layers_per_virtual_pipeline_stage,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+    )
+    _require(
+        parallel.num_layers_per_virtual_pipeline_stage is None or parallel.pipeline_model_parallel_size > 1,
+        "--num-layers-per-virtual-pipeline-stage: expected a --pipeline-model-parallel-size above 1 with it, got 1",
+    )
+    _require(
+        parallel.overlap_grad_reduce or not parallel.overlap_param_gather,
+        "--overlap-param-gather: expected --overlap-grad-reduce with it",
+    )
+    sizes = parallel.hierarchical_context_parallel_sizes
+    if parallel.cp_comm_type == "a2a+p2p":
+        _require(
+            sizes is not None
+            and len(sizes) == 2
+            and min(sizes) > 0
+            and math.prod(sizes) == parallel.context_parallel_size,
+            f"--hierarchical-context-parallel-sizes: expected two sizes whose product is --context-parallel-size "
+            f"{parallel.context_parallel_size} for --cp-comm-type a2a+p2p, got {sizes}",
+        )
+    else:
+        _require(
+            sizes is None,
+            f"--hierarchical-context-parallel-sizes: expected --cp-comm-type a2a+p2p, got {parallel.cp_comm_type}",
+        )
+    if world_size is not None:
+        data_parallel_size(parallel, world_size)
+
+
+def check_seq_length(parallel: ParallelConfig, seq_length: int) -> None:
+    """That a row can be cut into the slices of the CP ranks, and those into the parts of sequence parallelism."""
+    _at_least(2, seq_length=seq_length)
+    _require(
+        seq_length % parallel.seq_length_multiple == 0,
+        f"--seq-length: expected a multiple of {parallel.seq_length_multiple} for --context-parallel-size "
+        f"{parallel.context_parallel_size} (two slices a rank) and --tensor-model-parallel-size "
+        f"{parallel.tensor_model_parallel_size} ({'with' if parallel.uses_sequence_parallel else 'without'} sequence parallelism), got {seq_length}",
+    )
+
+
+def check_windows(scorer: ScorerConfig, seq_length: int, parallel: ParallelConfig | None = None) -> None:
+    """The short windows of a row of `seq_length` tokens, run by ranks laid out as `parallel`. Needs `short_window`."""
+    window = scorer.short_window
+    assert window is not None
+    _at_least(2, short_window=window)
+    _at_least(
+        1,
+        short_stride=scorer.short_stride,
+        min_short_context=scorer.min_short_context,
+        scoring_micro_batch=scorer.scoring_micro_batch,
+    )
+    _require(window <= seq_length, f"--short-window: expected at most --seq-length {seq_length}, got {window}")
+    stride = scorer.stride(seq_length)
+    _require(stride <= window, f"--short-stride: expected at most --short-window {window}, got {stride}")
+    _require(
+        window - stride >= scorer.least_context,
+        f"--short-stride: expected at most {window - scorer.least_context}, got {stride}, which leaves some targets a "
+        f"context of {window - stride} tokens; --min-short-context, here {scorer.least_context}, says how few may be",
+    )
+    if parallel is not None and parallel.uses_sequence_parallel:
+        tensor = parallel.tensor_model_parallel_size
+        _require(
+            window % tensor == 0,
+            f"--short-window: expected a multiple of --tensor-model-parallel-size {tensor} for sequence parallelism, "
+            f"got {window}",
+        )
+
+
+def check_weighting(weighting: WeightingOptions, scorer: ScorerConfig) -> None:
+    """Ranges of the weighting's numbers, and that a scheme that needs short windows has them."""
+    _above(0, truncation=weighting.truncation, shift=weighting.shift)
+    _within(0.0, 1.0, interpolation=weighting.interpolation)
+    _above(0, sparsification=weighting.sparsification)
+    _within(0.0, 1.0, sparsification=weighting.sparsification)
+    _require(
+        not weighting.needs_scorer or scorer.short_window is not None,
+        f"--short-window: --weighting {weighting.weighting} needs the length of the scorer's windows, got none",
+    )
+
+
+def check_recompute(model: ModelConfig) -> None:
+    """The combinations of recompute options that Megatron-Core knows."""
+    _at_least(1, recompute_num_layers=model.recompute_num_layers)
+    for name in ("recompute_method", "recompute_num_layers"):
+        given = getattr(model, name) is not None
+        wanted = model.recompute_granularity == "full"
+        _require(not wanted or given, f"{flag(name)}: --recompute-granularity full needs it, got none")
+        _require(
+            not given or wanted,
+            f"{flag(name)}: expected --recompute-granularity full, got {model.recompute_granularity}",
+        )
+
+
+def check_optimizer(optimizer: OptimizationConfig) -> None:
+    """Ranges of the optimizer's numbers and of the schedule's steps."""
+    _above(0, lr=optimizer.lr, adam_eps=optimizer.adam_eps)
+    _within(0.0, optimizer.lr, min_lr=optimizer.min_lr)
+    _at_least(
+        0, weight_decay=optimizer.weight_decay, clip_grad=optimizer.clip_grad, lr_warmup_iters=optimizer.lr_warmup_iters
+    )
+    _at_least(1, lr_decay_iters=optimizer.lr_decay_iters)
+    for name in ("adam_beta1", "adam_beta2"):
+        beta = getattr(optimizer, name)
+        _require(0 <= beta < 1, f"{flag(name)}: expected at least 0 and less than 1, got {beta}")
+    _require(
+        optimizer.lr_decay_iters is None or optimizer.lr_warmup_iters < optimizer.lr_decay_iters,
+        f"--lr-warmup-iters: expected less than --lr-decay-iters {optimizer.lr_decay_iters}, got "
+        f"{optimizer.lr_warmup_iters}",
+    )
+
+
+def check_checkpoint(checkpoint: CheckpointConfig, model: ModelConfig, train: TrainConfig) -> None:
+    """That there is something to start from, and that what is asked to be written has its own place."""
+    _require(
+        model.load_hf is not None or checkpoint.load is not None,
+        "--load-hf or --load: expected a model to start from, got neither",
+    )
+    _at_least(1, save_interval=checkpoint.save_interval)
+    for name, value in (("save_interval", checkpoint.save_interval), ("exit_interval", train.exit_interval)):
+        _require(value is None or checkpoint.save is not None, f"{flag(name)} {value}: expected --save with it")
+    for name, other in (("load_hf", model.load_hf), ("save", checkpoint.save), ("load", checkpoint.load)):
+        if checkpoint.save_hf is not None and other is not None:
+            _require(
+                Path(checkpoint.save_hf).resolve() != Path(other).resolve(),
+                f"--save-hf: expected another folder than {flag(name)}, got {checkpoint.save_hf} for both",
+            )
+
+
+def check_model_shape(
+    parallel: ParallelConfig,
+    *,
+    num_layers: int,
+    num_attention_heads: int,
+    num_query_groups: int,
+    ffn_hidden_size: int | None = None,
+) -> None:
+    """That a model of this shape can be cut as `parallel` says.
+
+    Args:
+        num_query_groups: number of key-value heads.
+        ffn_hidden_size: inner width of the MLP, checked when given.
+    """
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    for what, count in (
+        ("attention heads", num_attention_heads),
+        ("key-value heads", num_query_groups),
+        ("MLP columns", ffn_hidden_size),
+    ):
+        _require(
+            count is None or count % tensor == 0,
+            f"--tensor-model-parallel-size: expected a divisor of the model's {count} {what}, got {tensor}",
+        )
+    _require(
+        num_layers % pipeline == 0,
+        f"--pipeline-model-parallel-size: expected a divisor of the model's {num_layers} layers, got {pipeline}",
+    )
+    chunk = parallel.num_layers_per_virtual_pipeline_stage
+    _require(
+        chunk is None or (num_layers // pipeline) % chunk == 0,
+        f"--num-layers-per-virtual-pipeline-stage: expected a divisor of the {num_layers // pipeline} layers of a "
+        f"pipeline stage, got {chunk}",
+    )
+    if parallel.cp_comm_type in ("a2a", "a2a+p2p"):
+        sizes = parallel.hierarchical_context_parallel_sizes
+        ranks = sizes[0] if sizes is not None else parallel.context_parallel_size
+        for what, count in (("attention heads", num_attention_heads), ("key-value heads", num_query_groups)):
+            _require(
+                (count // tensor) % ranks == 0,
+                f"--cp-comm-type {parallel.cp_comm_type}: shares the {count // tensor} {what} of a TP rank among "
+                f"{ranks} ranks, "
+                f"expected a divisor of {count // tensor}",
+            )
+
+
+def virtual_pipeline_size(parallel: ParallelConfig, num_layers: int) -> int | None:
+    """Chunks of layers that each pipeline stage holds under the interleaved schedule; None without it, or with one."""
+    chunk = parallel.num_layers_per_virtual_pipeline_stage
+    if chunk is None:
+        return None
+    size = num_layers // parallel.pipeline_model_parallel_size // chunk
+    return size if size > 1 else None
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_model_parallel_size: int) -> int:
+    """Rows of the embedding as Megatron pads it: the next multiple of `divisible_by` x TP.
+
+    >>> padded_vocab_size(320, 128, 2)
+    512
+    """
+    multiple = divisible_by * tensor_model_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _at_least(low: float, **values: float | None) -> None:
+    for name, value in values.items():
+        _require(value is None or low <= value < math.inf, f"{flag(name)}: expected {low} or more, got {value}")
+
+
+def _above(low: float, **values: float | None) -> None:
+    for name, value in values.items():
+        _require(value is None or low < value < math.inf, f"{flag(name)}: expected more than {low}, got {value}")
+
+
+def _within(low: float, high: float, **values: float | None) -> None:
+    for name, value in values.items():
+        _require(value is None or low <= value <= high, f"{flag(name)}: expected {low} to {high}, got {value}")
