@@ -7,7 +7,7 @@ model takes plain numbers.
 import math
 from pathlib import Path
 
-from megatron_tw.config.load import flag
+from megatron_tw.config.options import flag
 from megatron_tw.config.schema import (
     CheckpointConfig,
     ModelConfig,
@@ -120,7 +120,8 @@ def check_seq_length(parallel: ParallelConfig, seq_length: int) -> None:
         seq_length % parallel.seq_length_multiple == 0,
         f"--seq-length: expected a multiple of {parallel.seq_length_multiple} for --context-parallel-size "
         f"{parallel.context_parallel_size} (two slices a rank) and --tensor-model-parallel-size "
-        f"{parallel.tensor_model_parallel_size} ({'with' if parallel.uses_sequence_parallel else 'without'} sequence parallelism), got {seq_length}",
+        f"{parallel.tensor_model_parallel_size} ({'with' if parallel.uses_sequence_parallel else 'without'} sequence "
+        f"parallelism), got {seq_length}",
     )
 
 

@@ -6,22 +6,20 @@ flags, finds keys that nobody knows, and says what is wrong in one line. Flags w
 two YAML files the later wins.
 """
 
-import ast
 import difflib
 import inspect
 import json
 import re
-import textwrap
-import types
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args
 
 import yaml
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 from megatron_tw.config.errors import user_errors
+from megatron_tw.config.options import Option, flag, groups_of, options_of
 from megatron_tw.config.schema import RunConfig
 
 Schema = TypeVar("Schema")
@@ -49,7 +47,7 @@ def parse_options(argv: Sequence[str], schema: type[Schema], *, prog: str = "", 
         ValueError: unknown option or YAML key, wrong type, missing required option, unreadable or malformed file; the
         message names it.
     """
-    options = _options(schema)
+    options = options_of(schema)
     parser = _parser(schema, options, prog, description)
     files, flags = _split_config_files(argv)
     _check_flags(flags, options)
@@ -61,8 +59,8 @@ def parse_options(argv: Sequence[str], schema: type[Schema], *, prog: str = "", 
     except ArgumentError as error:
         raise ValueError(_one_line(str(error), options)) from None
     groups = {
-        group.name: get_type_hints(schema)[group.name](**{name: values[name] for name in _field_names(schema, group)})
-        for group in fields(schema)  # type: ignore[arg-type]
+        name: group(**{field.name: values[field.name] for field in fields(group)})
+        for name, group in groups_of(schema).items()
     }
     return schema(**groups)
 
@@ -87,104 +85,6 @@ def describe_difference(a: object, b: object) -> str:
     return "\n".join(f"{name}: {flat_a.get(name)} -> {flat_b.get(name)}" for name in names)
 
 
-def flag(name: str) -> str:
-    """The flag of a field: `seq_length` -> `--seq-length`."""
-    return "--" + name.replace("_", "-")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Option:
-    """One field of the schema: `type` without its `| None`."""
-
-    name: str
-    group: str
-    type: Any
-    nullable: bool
-    default: Any
-    help: str
-
-    @property
-    def is_list(self) -> bool:
-        return get_origin(self.type) is tuple
-
-    @property
-    def expected(self) -> str:
-        """The type in words."""
-        if get_origin(self.type) is Literal:
-            words = "one of " + ", ".join(map(str, get_args(self.type)))
-        elif self.is_list:
-            words = "a list of " + {int: "integers", float: "numbers", str: "strings"}[get_args(self.type)[0]]
-        else:
-            words = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[self.type]
-        return words + (" or null" if self.nullable else "")
-
-    @property
-    def metavar(self) -> str:
-        if get_origin(self.type) is Literal:
-            return "{" + ",".join(map(str, get_args(self.type))) + "}"
-        return {int: "N", float: "X", str: "TEXT"}[self.type] if not self.is_list else "A,B,..."
-
-    @property
-    def full_help(self) -> str:
-        if self.default is MISSING:
-            return f"{self.help} [required]"
-        if self.default is None:
-            return self.help if "null:" in self.help else f"{self.help} [null]"
-        return f"{self.help} [{('on' if self.default else 'off') if self.type is bool else self.default}]"
-
-
-def _options(schema: type) -> dict[str, _Option]:
-    """All options of `schema` by name."""
-    options: dict[str, _Option] = {}
-    for group in fields(schema):
-        group_class = get_type_hints(schema)[group.name]
-        helps, hints = _field_docs(group_class), get_type_hints(group_class)
-        for field in fields(group_class):
-            assert field.name not in options, f"two options named {field.name}"
-            hint, nullable = _without_none(hints[field.name])
-            options[field.name] = _Option(
-                name=field.name,
-                group=group.name,
-                type=hint,
-                nullable=nullable,
-                default=_default(field),
-                help=helps[field.name],
-            )
-    return options
-
-
-def _default(field: Field[Any]) -> Any:
-    return field.default_factory() if field.default_factory is not MISSING else field.default
-
-
-def _without_none(hint: Any) -> tuple[Any, bool]:
-    """`int | None` -> (int, True); `int` -> (int, False)."""
-    if get_origin(hint) not in (Union, types.UnionType):
-        return hint, False
-    (plain,) = [arm for arm in get_args(hint) if arm is not type(None)]
-    return plain, True
-
-
-def _field_docs(group_class: type) -> dict[str, str]:
-    """The string under each field of a dataclass, by the field's name."""
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(group_class))).body
-    assert isinstance(tree, ast.ClassDef)
-    docs = {}
-    for statement, below in zip(tree.body, tree.body[1:], strict=False):
-        if (
-            isinstance(statement, ast.AnnAssign)
-            and isinstance(below, ast.Expr)
-            and isinstance(below.value, ast.Constant)
-        ):
-            assert isinstance(statement.target, ast.Name)
-            docs[statement.target.id] = " ".join(str(below.value.value).split())
-    return docs
-
-
-def _field_names(schema: type, group: Field[Any]) -> list[str]:
-    return [field.name for field in fields(get_type_hints(schema)[group.name])]
-
-
 class _HelpFormatter(DefaultHelpFormatter):
     """Shows the help as it is written: it holds the default already."""
 
@@ -195,7 +95,7 @@ class _HelpFormatter(DefaultHelpFormatter):
         return str(action.help).replace("%", "%%")
 
 
-def _parser(schema: type, options: dict[str, _Option], prog: str, description: str) -> ArgumentParser:
+def _parser(schema: type, options: dict[str, Option], prog: str, description: str) -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
         usage="%(prog)s [--config FILE.yaml] [options]",
@@ -210,11 +110,11 @@ def _parser(schema: type, options: dict[str, _Option], prog: str, description: s
     parser.add_argument(
         "--config", action="config", metavar="FILE.yaml", help="YAML file of options; flags win over it"
     )
-    for group in fields(schema):
-        title, _, text = (inspect.getdoc(get_type_hints(schema)[group.name]) or group.name).partition(":")
+    for name, group in groups_of(schema).items():
+        title, _, text = (inspect.getdoc(group) or name).partition(":")
         section = parser.add_argument_group(title.strip(" ."), text.strip()[:1].upper() + text.strip()[1:] or None)
         for option in options.values():
-            if option.group != group.name:
+            if option.group != name:
                 continue
             keywords = {"help": option.full_help} | (
                 {"required": True} if option.default is MISSING else {"default": option.default}
@@ -244,13 +144,13 @@ def _split_config_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return files, rest
 
 
-def _known(name: str, options: dict[str, _Option]) -> str:
+def _known(name: str, options: dict[str, Option]) -> str:
     """What to say of an unknown name: the nearest known one."""
     near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else "; --help lists them"
 
 
-def _check_flags(flags: Sequence[str], options: dict[str, _Option]) -> None:
+def _check_flags(flags: Sequence[str], options: dict[str, Option]) -> None:
     known = {"--help"} | {flag(name) for name in options}
     known |= {flag("no_" + name) for name, option in options.items() if option.type is bool}
     for argument in flags:
@@ -262,7 +162,7 @@ def _check_flags(flags: Sequence[str], options: dict[str, _Option]) -> None:
             )
 
 
-def _check_yaml(file: str, options: dict[str, _Option]) -> None:
+def _check_yaml(file: str, options: dict[str, Option]) -> None:
     """Unknown, repeated and wrongly null keys, with their line: jsonargparse has no word for the last two."""
     try:
         root = yaml.compose(Path(file).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
@@ -284,10 +184,10 @@ def _check_yaml(file: str, options: dict[str, _Option]) -> None:
             raise ValueError(f"{place}: {name}: expected {options[name].expected}, got null")
 
 
-def _join_lists(flags: Sequence[str], options: dict[str, _Option]) -> list[str]:
+def _join_lists(flags: Sequence[str], options: dict[str, Option]) -> list[str]:
     """Make the values of a list option, given with spaces or commas, the one bracketed value that jsonargparse reads.
 
-    >>> _join_lists(["--transforms", "minus", "shift 2", "--bf16"], _options(RunConfig))
+    >>> _join_lists(["--transforms", "minus", "shift 2", "--bf16"], options_of(RunConfig))
     ['--transforms=["minus", "shift 2"]', '--bf16']
     """
     lists = {flag(name): get_args(option.type)[0] for name, option in options.items() if option.is_list}
@@ -312,8 +212,8 @@ def _join_lists(flags: Sequence[str], options: dict[str, _Option]) -> list[str]:
     return joined
 
 
-def _one_line(message: str, options: dict[str, _Option]) -> str:
-    """jsonargparse's account of a wrong value, several lines of typing's names, as `--option: expected ..., got ...`."""
+def _one_line(message: str, options: dict[str, Option]) -> str:
+    """jsonargparse's account of a wrong value, in lines of typing's names, as `--option: expected ..., got ...`."""
     if match := re.match(r'Parser key "(\w+)"', message):
         option = options.get(match[1])
         got = re.findall(r"(?:Got|Given) value: (.*)", message)

@@ -144,7 +144,7 @@ class OptimizationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightingOptions:
-    """Token weights: a preset and what differs from it. Null is the preset's value; in a custom scheme, no such step."""
+    """Token weights: a preset and what differs from it. Null is the preset's value, or no such step if custom."""
 
     weighting: str = "uniform"
     """Preset (uniform, dense, sparse, longce, ppmi, npmi, rho1), or custom for a scheme made of the options below."""
@@ -178,7 +178,7 @@ class ScorerConfig:
     short_window: int | None = None
     """Tokens of a short window (required by every weighting with a scorer)."""
     short_stride: int | None = None
-    """Tokens from one window to the next (null: (1 - window/seq) x window, or less for the sake of the least context)."""
+    """Tokens from one window to the next (null: (1 - window/seq) x window, or less to keep the least context)."""
     min_short_context: int | None = None
     """Least context that a target beyond the first window must have, in tokens (null: a quarter of the window)."""
     scoring_micro_batch: int | None = None

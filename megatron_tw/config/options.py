@@ -1,0 +1,103 @@
+"""What a schema says of its options: the fields of its dataclasses, their types, defaults and docstring lines."""
+
+import ast
+import inspect
+import textwrap
+import types
+from dataclasses import MISSING, Field, dataclass, fields
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+def flag(name: str) -> str:
+    """The flag of a field: `seq_length` -> `--seq-length`."""
+    return "--" + name.replace("_", "-")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One field of the schema: `type` without its `| None`."""
+
+    name: str
+    group: str
+    type: Any
+    nullable: bool
+    default: Any
+    help: str
+
+    @property
+    def is_list(self) -> bool:
+        return get_origin(self.type) is tuple
+
+    @property
+    def expected(self) -> str:
+        """The type in words."""
+        if get_origin(self.type) is Literal:
+            words = "one of " + ", ".join(map(str, get_args(self.type)))
+        elif self.is_list:
+            words = "a list of " + {int: "integers", float: "numbers", str: "strings"}[get_args(self.type)[0]]
+        else:
+            words = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[self.type]
+        return words + (" or null" if self.nullable else "")
+
+    @property
+    def metavar(self) -> str:
+        if get_origin(self.type) is Literal:
+            return "{" + ",".join(map(str, get_args(self.type))) + "}"
+        return {int: "N", float: "X", str: "TEXT"}[self.type] if not self.is_list else "A,B,..."
+
+    @property
+    def full_help(self) -> str:
+        if self.default is MISSING:
+            return f"{self.help} [required]"
+        if self.default is None:
+            return self.help if "null:" in self.help else f"{self.help} [null]"
+        return f"{self.help} [{('on' if self.default else 'off') if self.type is bool else self.default}]"
+
+
+def groups_of(schema: type) -> dict[str, Any]:
+    """The dataclasses that `schema` is made of, by the name of the field that holds each."""
+    hints = get_type_hints(schema)
+    return {field.name: hints[field.name] for field in fields(schema)}
+
+
+def options_of(schema: type) -> dict[str, Option]:
+    """All options of `schema` by name."""
+    options: dict[str, Option] = {}
+    for group, group_class in groups_of(schema).items():
+        helps, hints = _field_docs(group_class), get_type_hints(group_class)
+        for field in fields(group_class):
+            assert field.name not in options, f"two options named {field.name}"
+            hint, nullable = _without_none(hints[field.name])
+            options[field.name] = Option(
+                name=field.name,
+                group=group,
+                type=hint,
+                nullable=nullable,
+                default=_default(field),
+                help=helps[field.name],
+            )
+    return options
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    """`int | None` -> (int, True); `int` -> (int, False)."""
+    if get_origin(hint) not in (Union, types.UnionType):
+        return hint, False
+    (plain,) = [arm for arm in get_args(hint) if arm is not type(None)]
+    return plain, True
+
+
+def _field_docs(group_class: type) -> dict[str, str]:
+    """The string under each field of a dataclass, by the field's name."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(group_class))).body
+    assert isinstance(tree, ast.ClassDef)
+    docs = {}
+    for statement, below in zip(tree.body, tree.body[1:], strict=False):
+        match statement, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                docs[name] = " ".join(text.split())
+    return docs
