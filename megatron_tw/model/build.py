@@ -1,0 +1,174 @@
+"""From a run's configuration to this rank's model chunks, and between those and a Hugging Face folder."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_tw.config import ModelConfig, ParallelConfig
+from megatron_tw.model.architecture import Architecture, export_hf_config, megatron_vocab_size, transformer_config
+from megatron_tw.model.gpt import TokenWeightedGPT, layer_spec, transformer_engine_available
+from megatron_tw.model.huggingface import SafetensorsFolder, TensorParallel, export_parameter, import_parameter
+from megatron_tw.parallel.devices import Device
+from megatron_tw.parallel.layout import Layout
+
+MAX_SHARD_BYTES = 5 * 10**9
+"""Size at which an exported safetensors file is closed and the next one begun, as Hugging Face does."""
+
+
+def build_model(
+    architecture: Architecture, parallel: ParallelConfig, model: ModelConfig, layout: Layout, device: Device
+) -> list[TokenWeightedGPT]:
+    """This rank's model chunks (one without interleaving), parameters allocated on the device and not yet filled.
+
+    Raises:
+        ValueError: `--transformer-impl transformer_engine` where it is not installed, or a layout that the model does not admit.
+    """
+    wanted = model.transformer_impl
+    available = transformer_engine_available()
+    if wanted == "transformer_engine" and not (available and device.type == "cuda"):
+        raise ValueError("--transformer-impl transformer_engine: Transformer Engine is not installed here, or there is no GPU")
+    use_te = available and device.type == "cuda" and wanted != "local"
+    megatron_config = transformer_config(
+        architecture, parallel, model, on_gpu=device.type == "cuda", num_model_chunks=layout.vpp_size
+    )
+    chunks = []
+    for vp_stage in range(layout.vpp_size or 1):
+        stage = vp_stage if layout.vpp_size else None
+        chunk = TokenWeightedGPT(
+            architecture,
+            megatron_config,
+            layer_spec(megatron_config, transformer_engine=use_te, vp_stage=stage),
+            padded_vocab_size=megatron_vocab_size(architecture, parallel, model),
+            layout=layout,
+            max_sequence_length=architecture.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            vp_stage=stage,
+            loss_chunk_tokens=model.loss_chunk_tokens,
+        )
+        chunks.append(chunk.to(device.device))
+    return chunks
+
+
+def load_hf(chunks: list[TokenWeightedGPT], directory: str | Path, architecture: Architecture, layout: Layout) -> None:
+    """Fill the model from a Hugging Face folder. Each rank reads only the slices that it owns.
+
+    Raises:
+        ValueError: files or tensors missing, truncated or of other shapes (see SafetensorsFolder).
+    """
+    folder = SafetensorsFolder(directory, architecture)
+    for chunk in chunks:
+        tp = TensorParallel(layout.tp_rank, layout.tp_size, chunk.vocab_size)
+        for name, parameter in chunk.named_parameters():
+            shard = import_parameter(name, _layer_offset(chunk), architecture, tp, folder.read)
+            with torch.no_grad():
+                parameter.copy_(shard)
+
+
+def save_hf(
+    chunks: list[TokenWeightedGPT],
+    directory: str | Path,
+    architecture: Architecture,
+    layout: Layout,
+    *,
+    max_position_embeddings: int,
+    tokenizer_dir: str | Path | None = None,
+) -> None:
+    """Write the model as a Hugging Face folder: safetensors, config.json with its rotary base and length, tokenizer files.
+
+    Collective over the world; `directory` must be on storage that all ranks share. Written beside it first and renamed when
+    complete, so an interrupted export leaves nothing half-written.
+
+    Raises:
+        ValueError: `directory` exists and is not empty.
+    """
+    target = Path(directory)
+    check_export_target(target)
+    partial = target.with_name(target.name + ".partial")
+    if layout.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    written: dict[str, list[str]] = {}
+    if layout.dp_rank == 0 and layout.cp_rank == 0:
+        written = _write_shards(chunks, architecture, layout, partial)
+    everywhere: list[dict[str, list[str]] | None] = [None] * layout.world_size
+    dist.all_gather_object(everywhere, written)
+    if layout.rank == 0:
+        files = {file: names for part in everywhere if part for file, names in part.items()}
+        _number_files(files, partial)
+        dtype = next(chunks[0].parameters()).dtype
+        config = export_hf_config(architecture, max_position_embeddings=max_position_embeddings, dtype=dtype)
+        (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if tokenizer_dir is not None and Path(tokenizer_dir).is_dir():
+            shutil.copytree(tokenizer_dir, partial, dirs_exist_ok=True)
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    dist.barrier()
+
+
+def check_export_target(target: Path, option: str = "--save-hf") -> None:
+    """Refuse to export over something."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{option} {target}: expected a new or empty folder, found one that holds files")
+
+
+def _write_shards(chunks: list[TokenWeightedGPT], architecture: Architecture, layout: Layout, folder: Path) -> dict[str, list[str]]:
+    """This pipeline stage's tensors in files of up to MAX_SHARD_BYTES, written by tensor-parallel rank 0. Returns file -> names."""
+    pending: dict[str, Tensor] = {}
+    written: dict[str, list[str]] = {}
+
+    def flush() -> None:
+        if pending:
+            file = f"stage-{layout.pp_rank:05d}-{len(written):05d}.safetensors"
+            save_file(pending, folder / file, metadata={"format": "pt"})
+            written[file] = list(pending)
+            pending.clear()
+
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            shards = _gather_shards(parameter.detach(), layout)
+            if shards is None:
+                continue
+            for hf_name, tensor in export_parameter(name, _layer_offset(chunk), architecture, shards):
+                if sum(t.numel() * t.element_size() for t in pending.values()) > MAX_SHARD_BYTES:
+                    flush()
+                pending[hf_name] = tensor.contiguous().cpu().clone()
+    flush()
+    return written
+
+
+def _gather_shards(parameter: Tensor, layout: Layout) -> list[Tensor] | None:
+    """The parameter's shards in tensor-parallel order on tensor-parallel rank 0 (one at a time in memory), None elsewhere."""
+    if layout.tp_size == 1:
+        return [parameter]
+    shards = [torch.empty_like(parameter) for _ in range(layout.tp_size)]
+    dist.all_gather(shards, parameter.contiguous(), group=layout.tp_group)
+    return shards if layout.tp_rank == 0 else None
+
+
+def _number_files(files: dict[str, list[str]], folder: Path) -> None:
+    """Give the files Hugging Face's names, and write the index when there is more than one."""
+    if len(files) == 1:
+        (folder / next(iter(files))).rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for number, file in enumerate(sorted(files), start=1):
+        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        (folder / file).rename(folder / name)
+        weight_map |= dict.fromkeys(files[file], name)
+    total = sum(file.stat().st_size for file in folder.glob("model-*.safetensors"))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _layer_offset(chunk: TokenWeightedGPT) -> int:
+    """Global number, from 0, of the chunk's first layer."""
+    return chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0

@@ -1,0 +1,257 @@
+"""The long forward and the short-window forward of whole rows, through Megatron's pipeline schedules.
+
+R = rows, N = tokens of a row, n = tokens of a window, S = tokens of a sequence that this rank holds, M = sequences of a micro-batch.
+
+The short windows are views of the rows that every rank of a replica already has. With K windows a row and C context-parallel
+ranks, the ranks form the largest number of equal sub-groups that is at most K (C of them, single ranks, when K >= C); the windows
+are dealt out to the sub-groups, each of which runs its own as ordinary sequences. What is exchanged is one fp32 NLL a target.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from torch import Tensor
+
+from megatron_tw.model.sequence import SequenceShard
+from megatron_tw.parallel.layout import Layout, gather_over_context, split_context_group, sum_over_context
+from megatron_tw.parallel.zigzag import zigzag_positions, zigzag_shard
+from megatron_tw.weighting import Window, plan_windows
+
+IGNORED = -100
+"""Label of a position that has no target, as in torch.nn.functional.cross_entropy."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """One micro-batch as the model takes it: ids and labels [M, S] of the local tokens, and the layout that made them."""
+
+    ids_MS: Tensor
+    labels_MS: Tensor
+    shard: SequenceShard
+
+
+def long_sequences(rows_RN: Tensor, layout: Layout) -> Sequences:
+    """Whole rows [R, N] as sequences over the context-parallel group; position i predicts token i + 1, the last has no target."""
+    shard = SequenceShard.over(layout.cp_group, rows_RN.shape[1])
+    labels_RN = torch.nn.functional.pad(rows_RN[:, 1:], (0, 1), value=IGNORED)
+    return shard_sequences(rows_RN, labels_RN, shard)
+
+
+def shard_sequences(ids_MN: Tensor, labels_MN: Tensor, shard: SequenceShard) -> Sequences:
+    """This rank's zigzag slice of ids and labels: context-parallel slicing happens here and nowhere else."""
+    ids_MS, labels_MS = (zigzag_shard(x, 1, rank=shard.rank, size=shard.size).contiguous() for x in (ids_MN, labels_MN))
+    return Sequences(ids_MS, labels_MS, shard)
+
+
+def call_model(model: torch.nn.Module, sequences: Sequences) -> Tensor:
+    """One forward of a model chunk: NLL [S, M] fp32 on the last stage, hidden states on others."""
+    return model(
+        input_ids=sequences.ids_MS,
+        position_ids=None,
+        attention_mask=None,
+        labels=sequences.labels_MS,
+        packed_seq_params=sequences.shard,
+    )
+
+
+def run_schedule(
+    model: Sequence[torch.nn.Module],
+    forward_step: Any,
+    micro_batches: Sequence[Any],
+    *,
+    local_length: int,
+    micro_batch_size: int,
+    layout: Layout,
+    forward_only: bool,
+) -> list[Any]:
+    """Megatron's schedule for this layout over `micro_batches`; returns what the loss function reported, on the last stage.
+
+    local_length: tokens of a sequence that one context-parallel rank holds. The schedules are given a whole length, which they
+    divide by the context-parallel size.
+    """
+    iterators: list[Iterator[Any]] = [iter(micro_batches) for _ in model]
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=list(model),
+        num_microbatches=len(micro_batches),
+        seq_length=local_length * layout.cp_size,
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+    )
+
+
+@torch.no_grad()
+def forward_nll(model: Sequence[torch.nn.Module], micro_batches: Sequence[Sequences], layout: Layout) -> list[Tensor]:
+    """Forward-only pass: local NLL [M, S] fp32 of every micro-batch on the last pipeline stage, an empty list on others.
+
+    Nothing is left behind: train or eval mode is restored, nothing is saved for backward.
+    """
+    modes = [chunk.training for chunk in model]
+    for chunk in model:
+        chunk.eval()
+    try:
+        reports = run_schedule(
+            model,
+            _nll_step,
+            micro_batches,
+            local_length=micro_batches[0].ids_MS.shape[1],
+            micro_batch_size=micro_batches[0].ids_MS.shape[0],
+            layout=layout,
+            forward_only=True,
+        )
+    finally:
+        for chunk, mode in zip(model, modes, strict=True):
+            chunk.train(mode)
+    return reports
+
+
+def _nll_step(iterator: Iterator[Sequences], model: torch.nn.Module) -> tuple[Tensor, Any]:
+    return call_model(model, next(iterator)), _report_nll
+
+
+def _report_nll(nll_SM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return nll_SM.sum(), torch.zeros((), dtype=torch.int, device=nll_SM.device), nll_SM.transpose(0, 1).contiguous()
+
+
+def long_nll(
+    model: Sequence[torch.nn.Module], rows_RN: Tensor, layout: Layout, *, micro_batch_size: int
+) -> Tensor | None:
+    """NLL [R, N-1] fp32 of every target with its full context, forward only; None before the last pipeline stage.
+
+    rows_RN: int64 on the device, R a multiple of micro_batch_size (and R / micro_batch_size of the pipeline size under interleaving).
+    """
+    batches = [long_sequences(rows, layout) for rows in rows_RN.split(micro_batch_size)]
+    nlls = forward_nll(model, batches, layout)
+    if not nlls:
+        return None
+    return torch.cat([gather_over_context(nll_MS, layout) for nll_MS in nlls])[:, :-1]
+
+
+@dataclass(frozen=True)
+class ShortWindowScorer:
+    """The short-window forward of one run: which windows this rank runs, and in which sub-group.
+
+    windows: all windows of a row. mine: those of this rank's sub-group. group: the sub-group (None: this rank alone).
+    padded_length: tokens of a window with the padding that sharding wants; padding stands behind the last token, which no
+    earlier token sees. bos_id: replaces a window's first token where the row begins with it; None never does.
+    scoring_micro_batch: windows that run at once.
+    """
+
+    seq_length: int
+    windows: tuple[Window, ...]
+    mine: tuple[Window, ...]
+    group: Any
+    padded_length: int
+    bos_id: int | None
+    scoring_micro_batch: int
+    layout: Layout
+
+    @staticmethod
+    def create(
+        seq_length: int,
+        window: int,
+        stride: int,
+        *,
+        include_first: bool,
+        bos_id: int | None,
+        layout: Layout,
+        sequence_parallel: bool,
+        scoring_micro_batch: int | None = None,
+    ) -> "ShortWindowScorer":
+        """Deal the windows out. Collective over the world (it may create groups).
+
+        include_first: whether window 0 is run (a frozen scorer) or targets 1..n are left to the long NLL (the unfrozen one).
+        scoring_micro_batch: None runs all of this rank's windows of a row at once.
+        """
+        windows = tuple(plan_windows(seq_length, window, stride, include_first=include_first))
+        num_groups = num_window_groups(len(windows), layout.cp_size)
+        group, index = split_context_group(layout, num_groups)
+        share = layout.cp_size // num_groups
+        multiple = (2 * share if share > 1 else 1) * (layout.tp_size if sequence_parallel else 1)
+        mine = deal_windows(windows, index, num_groups)
+        return ShortWindowScorer(
+            seq_length=seq_length,
+            windows=windows,
+            mine=mine,
+            group=group,
+            padded_length=-(-window // multiple) * multiple,
+            bos_id=bos_id,
+            scoring_micro_batch=scoring_micro_batch or max(1, len(mine)),
+            layout=layout,
+        )
+
+    def nll(self, model: Sequence[torch.nn.Module], rows_RN: Tensor) -> Tensor | None:
+        """Short NLL [R, N-1] fp32 of whole rows, zero where no window scores the target; None before the last pipeline stage.
+
+        rows_RN: int64 on the device, the same on every rank of the replica. One forward-only pipeline pass for all rows.
+        """
+        if not self.windows:
+            return torch.zeros(len(rows_RN), self.seq_length - 1, device=rows_RN.device) if self.layout.is_last_stage else None
+        ids_LN, labels_LN, row_L, start_L = self._lay_out(rows_RN)
+        shard = SequenceShard.over(self.group, self.padded_length)
+        batches = [
+            shard_sequences(ids, labels, shard)
+            for ids, labels in zip(
+                ids_LN.split(self.scoring_micro_batch), labels_LN.split(self.scoring_micro_batch), strict=True
+            )
+        ]
+        nlls = forward_nll(model, batches, self.layout)
+        if not nlls:
+            return None
+        local_positions = zigzag_positions(self.padded_length, rank=shard.rank, size=shard.size, device=rows_RN.device)
+        nll_LS = torch.cat(nlls)
+        scored_LS = torch.cat([batch.labels_MS for batch in batches]) != IGNORED
+        column_LS = start_L[:, None] + local_positions  # target t stands in column t - 1 and is predicted at position t - 1
+        short_RT = torch.zeros(len(rows_RN), self.seq_length - 1, device=rows_RN.device)
+        short_RT[row_L[:, None].expand_as(column_LS)[scored_LS], column_LS[scored_LS]] = nll_LS[scored_LS]
+        return sum_over_context(short_RT, self.layout)
+
+    def _lay_out(self, rows_RN: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All windows of this rank as sequences: ids and labels [L, padded], row and start of each [L].
+
+        L is filled up, with sequences that score nothing, to whole micro-batches of the number that the pipeline demands, and to
+        what the busiest rank has when nothing is left to do here.
+        """
+        device = rows_RN.device
+        begins_with_bos = [first == self.bos_id for first in rows_RN[:, 0].tolist()]
+        ids, labels, row_of, start_of = [], [], [], []
+        for row in range(len(rows_RN)):
+            for window in self.mine:
+                x_n = rows_RN[row, window.start : window.start + window.length].clone()
+                y_n = torch.full_like(x_n, IGNORED)
+                first, last = window.first_target - 1 - window.start, window.last_target - 1 - window.start
+                y_n[first : last + 1] = x_n[first + 1 : last + 2]
+                if begins_with_bos[row]:
+                    x_n[0] = self.bos_id
+                ids.append(torch.nn.functional.pad(x_n, (0, self.padded_length - window.length)))
+                labels.append(torch.nn.functional.pad(y_n, (0, self.padded_length - window.length), value=IGNORED))
+                row_of.append(row)
+                start_of.append(window.start)
+        multiple = self.scoring_micro_batch * (self.layout.pp_size if self.layout.vpp_size else 1)
+        for _ in range(-len(ids) % multiple or (multiple if not ids else 0)):
+            ids.append(torch.zeros(self.padded_length, dtype=torch.int64, device=device))
+            labels.append(torch.full((self.padded_length,), IGNORED, dtype=torch.int64, device=device))
+            row_of.append(0)
+            start_of.append(0)
+        row_L, start_L = (torch.tensor(x, dtype=torch.int64, device=device) for x in (row_of, start_of))
+        return torch.stack(ids), torch.stack(labels), row_L, start_L
+
+
+def num_window_groups(num_windows: int, cp_size: int) -> int:
+    """Sub-groups among which a row's windows are dealt: the largest divisor of cp_size that is at most num_windows.
+
+    >>> [num_window_groups(4, c) for c in (1, 2, 4, 8)]
+    [1, 2, 4, 4]
+    >>> num_window_groups(3, 8), num_window_groups(20, 8)
+    (2, 8)
+    """
+    return max(size for size in range(1, cp_size + 1) if cp_size % size == 0 and size <= max(1, num_windows))
+
+
+def deal_windows(windows: Sequence[Window], index: int, num_groups: int) -> tuple[Window, ...]:
+    """The windows of sub-group `index`: as even as whole numbers allow, so no one has two more than another."""
+    return tuple(windows[index::num_groups])

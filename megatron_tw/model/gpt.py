@@ -1,0 +1,111 @@
+"""The model: Megatron-Core's GPTModel whose last stage returns per-token NLL (or logits), never both and never logits on the way.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_tw.losses import linear_cross_entropy
+from megatron_tw.model.architecture import Architecture, rotary_frequencies
+from megatron_tw.model.attention import ContextParallelAttention
+from megatron_tw.model.norm import RMSNorm
+from megatron_tw.model.rotary import ShardedRotaryEmbedding
+from megatron_tw.parallel.layout import Layout
+
+
+class TokenWeightedGPT(GPTModel):
+    """A Llama of which this rank holds its tensor-parallel shard of one pipeline stage (or model chunk).
+
+    forward(input_ids [B, S], position_ids=None, attention_mask=None, labels=[B, S], packed_seq_params=SequenceShard) returns on
+    the last stage the NLL [S, B] fp32 of `labels` (0 where the label is -100), or with labels=None this rank's vocabulary shard
+    of the logits [S, B, V / TP]; on other stages the hidden states.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        config: TransformerConfig,
+        layer_spec: ModuleSpec | TransformerBlockSubmodules,
+        *,
+        padded_vocab_size: int,
+        layout: Layout,
+        max_sequence_length: int,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None,
+        loss_chunk_tokens: int | None,
+    ) -> None:
+        super().__init__(
+            config=config,
+            transformer_layer_spec=layer_spec,
+            vocab_size=padded_vocab_size,
+            max_sequence_length=max_sequence_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=architecture.tied_embeddings,
+            position_embedding_type="rope",
+            vp_stage=vp_stage,
+        )
+        self.architecture = architecture
+        self.layout = layout
+        self.loss_chunk_tokens = loss_chunk_tokens
+        self.rotary_pos_emb = ShardedRotaryEmbedding(rotary_frequencies(architecture), torch.device(torch.cuda.current_device()))
+
+    def head_weight(self) -> Tensor:
+        """The output projection [V / TP, hidden] of this rank: the embedding's own weight where they are tied."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **unused: Any) -> Tensor:  # type: ignore[override]
+        if not self.post_process:
+            return hidden_states
+        if labels is None:
+            logits, _ = self.output_layer(
+                hidden_states, weight=self.head_weight() if self.share_embeddings_and_output_weights else None
+            )
+            return logits
+        return linear_cross_entropy(
+            hidden_states,
+            self.head_weight(),
+            labels.transpose(0, 1).contiguous(),
+            tp_group=self.layout.tp_group if self.layout.tp_size > 1 else None,
+            sequence_parallel=self.config.sequence_parallel,
+            vocab_size=self.architecture.vocab_size,
+            chunk_tokens=self.loss_chunk_tokens,
+        )
+
+
+def layer_spec(config: TransformerConfig, *, transformer_engine: bool, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """The layers of one model chunk: Transformer Engine's modules, or Megatron-Core's with the norm and core attention of ours."""
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        from megatron_tw.model.te_attention import ShardedTEAttention
+
+        spec = get_gpt_layer_with_transformer_engine_spec()
+        spec.submodules.self_attention.submodules.core_attention = ShardedTEAttention
+        norm: type = TENorm
+    else:
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+        spec.submodules.self_attention.submodules.core_attention = ContextParallelAttention
+        spec.submodules.input_layernorm = RMSNorm
+        spec.submodules.pre_mlp_layernorm = RMSNorm
+        norm = RMSNorm
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=norm)
+
+
+def transformer_engine_available() -> bool:
+    """Whether Transformer Engine can be imported here."""
+    try:
+        import transformer_engine  # noqa: F401
+    except ImportError:
+        return False
+    return True

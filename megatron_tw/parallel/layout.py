@@ -1,0 +1,173 @@
+"""The process groups of a run and this rank's place in them: tensor, pipeline, context and data parallelism."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tw.config import ParallelConfig
+from megatron_tw.parallel.devices import Device
+from megatron_tw.parallel.zigzag import unshard
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes, ranks and groups of this process. Groups are Megatron-Core's; a group of one rank is a real group too.
+
+    tp, pp, cp, dp: tensor, pipeline, context, data parallel. dp_cp: data and context together (gradients are summed there).
+    vpp_size: model chunks a pipeline rank holds, None without interleaving.
+    """
+
+    world_size: int
+    rank: int
+    tp_size: int
+    tp_rank: int
+    pp_size: int
+    pp_rank: int
+    vpp_size: int | None
+    cp_size: int
+    cp_rank: int
+    dp_size: int
+    dp_rank: int
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    dp_cp_group: dist.ProcessGroup
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the last pipeline stage, where losses and NLLs come out."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank is the one that prints and writes logs: rank 0."""
+        return self.rank == 0
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last pipeline stage of this rank's pipeline."""
+        return dist.get_process_group_ranks(self.pp_group)[-1]
+
+    def describe(self) -> str:
+        """For example "TP 2 x PP 1 x CP 2 x DP 1"."""
+        vpp = f" x VPP {self.vpp_size}" if self.vpp_size else ""
+        return f"TP {self.tp_size} x PP {self.pp_size}{vpp} x CP {self.cp_size} x DP {self.dp_size}"
+
+
+def start_process_group(device: Device, timeout_minutes: int) -> None:
+    """Join the launcher's world (torchrun's environment), or make a world of one. Does nothing in a world that exists."""
+    if dist.is_initialized():
+        return
+    timeout = timedelta(minutes=timeout_minutes)
+    if "RANK" in os.environ:
+        dist.init_process_group(device.backend, timeout=timeout)
+    else:
+        dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def make_layout(config: ParallelConfig, *, num_model_chunks: int | None = None) -> Layout:
+    """Create the groups of `config` in the existing world. Collective over the world.
+
+    num_model_chunks: chunks per pipeline rank under interleaving (`--num-layers-per-virtual-pipeline-stage` resolved with the
+    model's number of layers), else None.
+    """
+    from megatron.core import parallel_state as mpu
+
+    hierarchical = config.hierarchical_context_parallel_sizes
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=num_model_chunks,
+        context_parallel_size=config.context_parallel_size,
+        hierarchical_context_parallel_sizes=list(hierarchical) if hierarchical else None,
+        distributed_timeout_minutes=config.distributed_timeout_minutes,
+        create_gloo_process_groups=False,
+    )
+    return Layout(
+        world_size=dist.get_world_size(),
+        rank=dist.get_rank(),
+        tp_size=mpu.get_tensor_model_parallel_world_size(),
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        pp_size=mpu.get_pipeline_model_parallel_world_size(),
+        pp_rank=mpu.get_pipeline_model_parallel_rank(),
+        vpp_size=num_model_chunks,
+        cp_size=mpu.get_context_parallel_world_size(),
+        cp_rank=mpu.get_context_parallel_rank(),
+        dp_size=mpu.get_data_parallel_world_size(),
+        dp_rank=mpu.get_data_parallel_rank(),
+        tp_group=mpu.get_tensor_model_parallel_group(),
+        pp_group=mpu.get_pipeline_model_parallel_group(),
+        cp_group=mpu.get_context_parallel_group(),
+        dp_group=mpu.get_data_parallel_group(),
+        dp_cp_group=mpu.get_data_parallel_group(with_context_parallel=True),
+    )
+
+
+def destroy_layout() -> None:
+    """Forget Megatron-Core's groups, so that another layout can be made in the same processes."""
+    from megatron.core import parallel_state as mpu
+    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+
+    mpu.destroy_model_parallel()
+    unset_num_microbatches_calculator()
+
+
+def split_context_group(layout: Layout, num_groups: int) -> tuple[dist.ProcessGroup | None, int]:
+    """Split every context-parallel group into `num_groups` sub-groups of neighbouring ranks. Collective over the world.
+
+    Returns:
+        this rank's sub-group (None when sub-groups are single ranks: nothing to communicate) and its index, 0..num_groups-1.
+    """
+    if layout.cp_size % num_groups:
+        raise ValueError(f"a context-parallel group of {layout.cp_size} does not split into {num_groups} equal sub-groups")
+    share = layout.cp_size // num_groups
+    index = layout.cp_rank // share
+    if share == 1:
+        return None, index
+    if num_groups == 1:
+        return layout.cp_group, 0
+    all_groups: list[list[int] | None] = [None] * layout.world_size
+    dist.all_gather_object(all_groups, dist.get_process_group_ranks(layout.cp_group))
+    mine = None
+    for ranks in sorted({tuple(group) for group in all_groups if group is not None}):
+        for start in range(0, layout.cp_size, share):
+            members = list(ranks[start : start + share])
+            group = dist.new_group(members)  # every rank of the world takes part in every creation
+            if layout.rank in members:
+                mine = group
+    return mine, index
+
+
+def gather_over_context(local_BS: Tensor, layout: Layout) -> Tensor:
+    """Whole rows [rows, S] from this rank's zigzag slices [rows, S / C]: per-token scalars only, over the context-parallel group.
+
+    Every context-parallel rank needs them, because weights are made from whole rows.
+    """
+    if layout.cp_size == 1:
+        return local_BS
+    shards = [torch.empty_like(local_BS) for _ in range(layout.cp_size)]
+    dist.all_gather(shards, local_BS.contiguous(), group=layout.cp_group)
+    return unshard(shards, 1)
+
+
+def sum_over_context(rows_BS: Tensor, layout: Layout) -> Tensor:
+    """Sum in place over the context-parallel group: rows in which every rank filled in the targets that it scored, zeros elsewhere.
+
+    One row at a time, so that the largest message is one row's NLLs (4 bytes a target).
+    """
+    if layout.cp_size > 1:
+        for row_S in rows_BS:
+            dist.all_reduce(row_S, group=layout.cp_group)
+    return rows_BS
+
+
+def same_on_tensor_ranks(x: Tensor, layout: Layout) -> Tensor:
+    """Tensor-parallel rank 0's `x` on all tensor-parallel ranks, in place: a choice made from it is then the same everywhere."""
+    if layout.tp_size > 1:
+        dist.broadcast(x, dist.get_process_group_ranks(layout.tp_group)[0], group=layout.tp_group)
+    return x

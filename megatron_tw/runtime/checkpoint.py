@@ -1,0 +1,204 @@
+"""Checkpoints of a run in Megatron's distributed format: written under any layout, read under any other.
+
+    SAVE/latest_checkpointed_iteration.txt    number of the newest complete checkpoint
+    SAVE/iter_0000030/                        weights and optimizer state (megatron.core.dist_checkpointing)
+    SAVE/iter_0000030/run.json                versioned header: iteration, consumed samples, model, layout
+    SAVE/iter_0000030/config.yaml             the resolved options
+    SAVE/iter_0000030/tokenizer/              tokenizer files, for export
+
+A checkpoint counts only once latest_checkpointed_iteration.txt names it, which is written last and by rename.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_tw.config import RunConfig, save_config
+from megatron_tw.model.architecture import Architecture, export_hf_config, parse_architecture
+from megatron_tw.model.gpt import TokenWeightedGPT
+from megatron_tw.model.huggingface import expected_tensors
+from megatron_tw.parallel.layout import Layout
+
+FORMAT_VERSION = 1
+TRACKER = "latest_checkpointed_iteration.txt"
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+"""Optimizer state in the shape of the parameters, so that another layout can read it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """How far a run has come: what a resumed run needs besides weights and optimizer state.
+
+    loader: the data loader's state. seq_length: tokens of a row, the context length that an export names.
+    """
+
+    iteration: int
+    consumed_samples: int
+    seq_length: int
+    loader: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A complete checkpoint on disk and what its header says."""
+
+    directory: Path
+    state: RunState
+    architecture: Architecture
+    layout: str
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """Tokenizer files kept with the checkpoint; may be absent."""
+        return self.directory / "tokenizer"
+
+
+def find_checkpoint(folder: str | Path) -> SavedCheckpoint | None:
+    """The newest complete checkpoint of a run's folder, None when there is none.
+
+    Raises:
+        ValueError: the tracker names a checkpoint that is missing, or whose header is unreadable or of another version.
+    """
+    tracker = Path(folder) / TRACKER
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text().strip()
+    if not text.isdigit():
+        raise ValueError(f"{tracker}: expected an iteration number, got {text!r}")
+    directory = checkpoint_dir(folder, int(text))
+    header_path = directory / "run.json"
+    try:
+        header = json.loads(header_path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"--load {folder}: {tracker.name} names iteration {text}, but {header_path}: {error}") from error
+    if header.get("version") != FORMAT_VERSION:
+        raise ValueError(f"{header_path}: expected version {FORMAT_VERSION}, got {header.get('version')!r}")
+    architecture = parse_architecture(header["hf_config"], str(header_path))
+    return SavedCheckpoint(directory, RunState(**header["state"]), architecture, header["layout"])
+
+
+def checkpoint_dir(folder: str | Path, iteration: int) -> Path:
+    """Folder of one checkpoint, named as Megatron names it."""
+    return Path(folder) / f"iter_{iteration:07d}"
+
+
+def check_same_model(saved: SavedCheckpoint, architecture: Architecture) -> None:
+    """Refuse a checkpoint whose weights have other shapes than the model that --load-hf names.
+
+    Raises:
+        ValueError: names the first tensor that differs.
+    """
+    ours, theirs = expected_tensors(architecture), expected_tensors(saved.architecture)
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise ValueError(
+                f"--load {saved.directory}: a checkpoint of another model: {name} has shape {theirs.get(name, 'none')}, "
+                f"--load-hf has {ours.get(name, 'none')}"
+            )
+
+
+def check_save_target(save: str | None, load: str | None) -> None:
+    """Refuse to write a run into a folder that holds one, unless that run is the one resumed.
+
+    Raises:
+        ValueError: names --save and what was found.
+    """
+    if save is None:
+        return
+    path = Path(save)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--save {save}: expected a folder, found a file")
+    holds_run = path.is_dir() and ((path / TRACKER).exists() or (path / "metrics.jsonl").exists() or any(path.glob("iter_*")))
+    if holds_run and (load is None or Path(load).resolve() != path.resolve()):
+        raise ValueError(f"--save {save}: the folder already holds a run; resume it with --load {save}, or choose another folder")
+
+
+def save_checkpoint(
+    config: RunConfig,
+    chunks: Sequence[TokenWeightedGPT],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    state: RunState,
+    layout: Layout,
+    tokenizer_dir: Path | None,
+) -> Path:
+    """Write a checkpoint of the current state under --save and return its folder. Collective over the world; storage is shared.
+
+    Takes part after at least one optimizer step (there is no optimizer state before).
+    """
+    assert config.checkpoint.save is not None
+    directory = checkpoint_dir(config.checkpoint.save, state.iteration)
+    if layout.rank == 0:
+        shutil.rmtree(directory, ignore_errors=True)  # the rest of a save that was cut off
+        directory.mkdir(parents=True)
+    dist.barrier()
+    sharded = _model_state(chunks)
+    sharded |= {
+        "optimizer": optimizer.sharded_state_dict(_model_state(chunks), metadata=dict(_METADATA)),
+        "scheduler": scheduler.state_dict(),
+    }
+    dist_checkpointing.save(sharded, str(directory))
+    if layout.rank == 0:
+        architecture = chunks[0].architecture
+        header = {
+            "version": FORMAT_VERSION,
+            "state": asdict(state),
+            "layout": layout.describe(),
+            "hf_config": export_hf_config(
+                architecture, max_position_embeddings=state.seq_length, dtype=next(chunks[0].parameters()).dtype
+            ),
+        }
+        (directory / "run.json").write_text(json.dumps(header, indent=2) + "\n")
+        save_config(config, directory / "config.yaml")
+        if tokenizer_dir is not None and tokenizer_dir.is_dir():
+            shutil.copytree(tokenizer_dir, directory / "tokenizer")
+        replace_text(Path(config.checkpoint.save) / TRACKER, f"{state.iteration}\n")
+    dist.barrier()
+    return directory
+
+
+def load_checkpoint(
+    saved: SavedCheckpoint,
+    chunks: Sequence[TokenWeightedGPT],
+    optimizer: MegatronOptimizer | None = None,
+    scheduler: OptimizerParamScheduler | None = None,
+) -> None:
+    """Read weights, and with an optimizer its state and the schedule's, into a model of any layout. Collective over the world."""
+    sharded = _model_state(chunks)
+    if optimizer is not None:
+        sharded["optimizer"] = optimizer.sharded_state_dict(_model_state(chunks), is_loading=True, metadata=dict(_METADATA))
+    state = dist_checkpointing.load(sharded, str(saved.directory))
+    for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True):
+        chunk.load_state_dict(state[key])
+    if optimizer is not None:
+        optimizer.load_state_dict(state["optimizer"])
+    if scheduler is not None:
+        scheduler.load_state_dict(state["scheduler"])
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old content or the new one, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _chunk_keys(chunks: Sequence[torch.nn.Module]) -> list[str]:
+    return ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+
+
+def _model_state(chunks: Sequence[TokenWeightedGPT]) -> dict[str, Any]:
+    return {key: chunk.sharded_state_dict() for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True)}

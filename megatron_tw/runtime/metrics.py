@@ -1,0 +1,66 @@
+"""Where a run writes its numbers: SAVE/metrics.jsonl, TensorBoard, and the progress bar, on rank 0."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+class MetricsLog:
+    """One JSON object a step in `metrics.jsonl`, the same numbers in TensorBoard, a progress bar on the terminal.
+
+    Made on rank 0 only. Resuming at step `start_iteration` cuts the file back to the steps before it, so that a step that is done
+    again stands there once.
+    """
+
+    def __init__(self, save: Path | None, tensorboard_dir: Path | None, *, start_iteration: int, train_iters: int) -> None:
+        self._file = None
+        self._tensorboard = None
+        if save is not None:
+            save.mkdir(parents=True, exist_ok=True)
+            path = save / "metrics.jsonl"
+            kept = [line for line in _complete_lines(path) if json.loads(line)["iteration"] <= start_iteration]
+            partial = path.with_name(path.name + ".partial")
+            partial.write_text("".join(kept))
+            partial.replace(path)
+            self._file = path.open("a", buffering=1)
+        if tensorboard_dir is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=start_iteration + 1)
+        self._bar = tqdm(initial=start_iteration, total=train_iters, desc="training", unit="step", dynamic_ncols=True)
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Record one step. `metrics` holds `iteration` and numbers."""
+        if self._file is not None:
+            self._file.write(json.dumps(metrics) + "\n")
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                if name != "iteration" and isinstance(value, int | float):
+                    self._tensorboard.add_scalar(name, value, metrics["iteration"])
+        self._bar.update()
+        self._bar.set_postfix_str(
+            f"weighted {metrics['weighted_loss']:.4f}, lm {metrics['lm_loss']:.4f}, grad {metrics['grad_norm']:.3f}, "
+            f"{metrics['tokens_per_second']:,.0f} tok/s",
+            refresh=False,
+        )
+
+    def say(self, text: str) -> None:
+        """Print a line without tearing the bar."""
+        tqdm.write(text)
+
+    def close(self) -> None:
+        """Flush everything; no further writes."""
+        self._bar.close()
+        if self._file is not None:
+            self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """Lines of a JSON-lines file; a last line that a crash cut off is left out."""
+    if not path.is_file():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -1,0 +1,93 @@
+"""The model made ready to train: precision and data-parallel wrappers, the distributed AdamW, the learning-rate schedule."""
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+
+from megatron_tw.config import RunConfig
+from megatron_tw.model.gpt import TokenWeightedGPT
+
+
+def wrap_for_training(chunks: Sequence[TokenWeightedGPT], config: RunConfig) -> list[DistributedDataParallel]:
+    """Model chunks with bf16 casting and Megatron's data parallelism around them; gradients are summed in fp32.
+
+    The parameters move into contiguous buffers, so call it after their values are in place and before the optimizer exists.
+    """
+    parallel = config.parallel
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=True,
+    )
+    model = []
+    for index, chunk in enumerate(chunks):
+        inner: torch.nn.Module = Float16Module(chunk.config, chunk) if config.model.bf16 else chunk
+        model.append(DistributedDataParallel(chunk.config, ddp_config, inner, disable_bucketing=index > 0))
+    megatron_config = chunks[0].config
+    megatron_config.finalize_model_grads_func = finalize_model_grads
+    if parallel.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in model]
+        megatron_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return model
+
+
+def make_optimizer(model: Sequence[DistributedDataParallel], config: RunConfig) -> MegatronOptimizer:
+    """AdamW sharded over data- and context-parallel ranks, fp32 main weights under bf16, no weight decay on norms.
+
+    Its gradient norm and clipping are global over all axes.
+    """
+    options = config.optimizer
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=options.lr,
+            min_lr=options.min_lr,
+            weight_decay=options.weight_decay,
+            adam_beta1=options.adam_beta1,
+            adam_beta2=options.adam_beta2,
+            adam_eps=options.adam_eps,
+            clip_grad=options.clip_grad,
+            bf16=config.model.bf16,
+            params_dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
+            use_distributed_optimizer=True,
+            overlap_param_gather=config.parallel.overlap_param_gather,
+        ),
+        list(model),
+        use_gloo_process_groups=False,
+    )
+    model[0].config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def make_scheduler(optimizer: MegatronOptimizer, config: RunConfig) -> OptimizerParamScheduler:
+    """Linear warm-up from 0, then constant, linear or cosine; counted in optimizer steps. Weight decay stays constant."""
+    options = config.optimizer
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=options.lr_warmup_iters,
+        lr_decay_steps=options.decay_iters(config.train.train_iters),
+        lr_decay_style=options.lr_decay_style,
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=config.train.train_iters,
+        wd_incr_style="constant",
+        # The flags of this run win over those of the run that it resumes; the number of steps taken is restored.
+        override_opt_param_scheduler=True,
+        use_checkpoint_opt_param_scheduler=False,
+    )
+
+
+def unwrap(chunk: torch.nn.Module) -> TokenWeightedGPT:
+    """The model chunk inside its wrappers."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    assert isinstance(chunk, TokenWeightedGPT)
+    return chunk

@@ -1,0 +1,236 @@
+"""A training run from its options to its last checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_tw.config import RunConfig, check_config, virtual_pipeline_size
+from megatron_tw.data.loader import Loader, RowOrder
+from megatron_tw.data.rows import TOKENIZER_DIR, TokenRows, check_rows
+from megatron_tw.model.architecture import Architecture, read_architecture
+from megatron_tw.model.build import build_model, check_export_target, load_hf, save_hf
+from megatron_tw.model.forward import ShortWindowScorer
+from megatron_tw.parallel.devices import Device, peak_memory_bytes, prepare_device
+from megatron_tw.parallel.layout import Layout, make_layout, start_process_group
+from megatron_tw.runtime.checkpoint import (
+    RunState,
+    SavedCheckpoint,
+    check_same_model,
+    check_save_target,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from megatron_tw.runtime.metrics import MetricsLog
+from megatron_tw.runtime.optimizer import make_optimizer, make_scheduler, unwrap, wrap_for_training
+from megatron_tw.training.step import TrainingStep
+from megatron_tw.weighting import Weighting
+from megatron_tw.weighting.options import weighting_from_options
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run starts from, opened and checked before anything is allocated."""
+
+    rows: TokenRows
+    architecture: Architecture
+    saved: SavedCheckpoint | None
+    weighting: Weighting
+    tokenizer_dir: Path | None
+
+
+def train(config: RunConfig) -> None:
+    """Run `config` to --train-iters (or --exit-interval), resuming from --load. Called on every rank of the launcher's world.
+
+    Raises:
+        ValueError: bad options or files, named; before anything is allocated.
+    """
+    device = prepare_device()
+    start_process_group(device, config.parallel.distributed_timeout_minutes)
+    inputs = open_inputs(config)
+    layout = make_layout(
+        config.parallel, num_model_chunks=virtual_pipeline_size(config.parallel, inputs.architecture.num_layers)
+    )
+    run = Run.start(config, inputs, layout, device)
+    run.train()
+
+
+def open_inputs(config: RunConfig) -> Inputs:
+    """Check the options against the world, and open data, architecture and checkpoint header.
+
+    Raises:
+        ValueError: names the option or file that does not fit.
+    """
+    import torch.distributed as dist
+
+    check_config(config, dist.get_world_size())
+    check_save_target(config.checkpoint.save, config.checkpoint.load)
+    if config.checkpoint.save_hf is not None:
+        check_export_target(Path(config.checkpoint.save_hf))
+    saved = find_checkpoint(config.checkpoint.load) if config.checkpoint.load is not None else None
+    if config.model.load_hf is not None:
+        architecture = read_architecture(config.model.load_hf)
+        if saved is not None:
+            check_same_model(saved, architecture)
+            architecture = saved.architecture
+    elif saved is not None:
+        architecture = saved.architecture
+    else:
+        where = f"--load {config.checkpoint.load} holds no checkpoint and " if config.checkpoint.load else ""
+        raise ValueError(f"{where}--load-hf is not given: expected a Hugging Face folder to start from")
+    rows = TokenRows(config.data.data_path)
+    check_rows(rows, seq_length=config.data.seq_length, model_vocab_size=architecture.vocab_size)
+    return Inputs(
+        rows=rows,
+        architecture=architecture.with_rotary_base(config.model.rotary_base),
+        saved=saved,
+        weighting=weighting_from_options(config.weighting),
+        tokenizer_dir=rows.path / TOKENIZER_DIR,
+    )
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A training run that is set up: model, optimizer, data and how far it has come."""
+
+    config: RunConfig
+    inputs: Inputs
+    layout: Layout
+    chunks: list[Any]
+    step: TrainingStep
+    loader: Loader
+    iteration: int = 0
+
+    @staticmethod
+    def start(config: RunConfig, inputs: Inputs, layout: Layout, device: Device) -> "Run":
+        """Build the model, fill it from the checkpoint or the Hugging Face folder, make optimizer, scorer and loader."""
+        architecture = inputs.architecture
+        chunks = build_model(architecture, config.parallel, config.model, layout, device)
+        if inputs.saved is None:
+            assert config.model.load_hf is not None
+            load_hf(chunks, config.model.load_hf, architecture, layout)
+        model = wrap_for_training(chunks, config)
+        optimizer = make_optimizer(model, config)
+        scheduler = make_scheduler(optimizer, config)
+        loader = Loader(
+            inputs.rows,
+            RowOrder(len(inputs.rows), seed=config.train.seed, shuffle=config.data.shuffle),
+            global_batch_size=config.train.global_batch_size or config.train.micro_batch_size * layout.dp_size,
+            micro_batch_size=config.train.micro_batch_size,
+            dp_rank=layout.dp_rank,
+            dp_size=layout.dp_size,
+        )
+        iteration = 0
+        if inputs.saved is not None:
+            loader.load_state_dict(inputs.saved.state.loader)
+            iteration = inputs.saved.state.iteration
+            load_checkpoint(inputs.saved, chunks, optimizer, scheduler)
+        step = TrainingStep(
+            model=model,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            layout=layout,
+            device=device,
+            weighting=inputs.weighting,
+            scorer=make_scorer(config, inputs, layout),
+            window=config.scorer.short_window if inputs.weighting.needs_scorer else None,
+            seed=config.train.seed,
+        )
+        return Run(
+            config=config, inputs=inputs, layout=layout, chunks=chunks, step=step, loader=loader, iteration=iteration
+        )
+
+    def train(self) -> None:
+        """Step until the run ends, saving as it goes."""
+        config, last = self.config, self.config.train.train_iters
+        log = self._open_log()
+        try:
+            while self.iteration < last:
+                metrics = self.step(next(self.loader))
+                self.iteration += 1
+                if log is not None:
+                    log.write(self._with_run_metrics(metrics))
+                exits = bool(config.train.exit_interval) and self.iteration % (config.train.exit_interval or 1) == 0
+                interval = config.checkpoint.save_interval
+                due = bool(interval) and self.iteration % (interval or 1) == 0
+                if config.checkpoint.save is not None and (due or exits or self.iteration == last):
+                    directory = self._save()
+                    if log is not None:
+                        log.say(f"checkpoint: {directory}")
+                if exits:
+                    break
+        finally:
+            if log is not None:
+                log.close()
+        if config.checkpoint.save_hf is not None and self.iteration == last:
+            save_hf(
+                self.chunks,
+                config.checkpoint.save_hf,
+                self.inputs.architecture,
+                self.layout,
+                max_position_embeddings=config.data.seq_length,
+                tokenizer_dir=self.inputs.tokenizer_dir,
+            )
+            if self.layout.reports:
+                print(f"exported: {config.checkpoint.save_hf}", flush=True)
+
+    def _open_log(self) -> MetricsLog | None:
+        if not self.layout.reports:
+            return None
+        config, saved = self.config, self.inputs.saved
+        save = Path(config.checkpoint.save) if config.checkpoint.save is not None else None
+        log = MetricsLog(
+            save, config.tensorboard_dir, start_iteration=self.iteration, train_iters=config.train.train_iters
+        )
+        if saved is not None:
+            log.say(f"resumed from {saved.directory} ({saved.layout}) as {self.layout.describe()}, iteration {self.iteration}")
+        elif config.checkpoint.load is not None:
+            log.say(f"--load {config.checkpoint.load} holds no checkpoint: starting fresh from {config.model.load_hf}")
+        log.say(f"{self.layout.describe()}, {len(self.inputs.rows)} rows of {config.data.seq_length} tokens")
+        return log
+
+    def _with_run_metrics(self, metrics: dict[str, float]) -> dict[str, Any]:
+        tokens = metrics.pop("tokens")
+        return {
+            "iteration": self.iteration,
+            **metrics,
+            "consumed_samples": self.loader.consumed_samples,
+            "tokens_per_second": tokens / metrics["step_seconds"],
+            "peak_memory_gib": peak_memory_bytes() / 2**30,
+        }
+
+    def _save(self) -> Path:
+        state = RunState(
+            iteration=self.iteration,
+            consumed_samples=self.loader.consumed_samples,
+            seq_length=self.config.data.seq_length,
+            loader=self.loader.state_dict(),
+        )
+        return save_checkpoint(
+            self.config,
+            [unwrap(chunk) for chunk in self.step.model],
+            self.step.optimizer,
+            self.step.scheduler,
+            state,
+            self.layout,
+            self.inputs.tokenizer_dir,
+        )
+
+
+def make_scorer(config: RunConfig, inputs: Inputs, layout: Layout) -> ShortWindowScorer | None:
+    """The unfrozen scorer of this run, None for schemes that need none. Collective over the world."""
+    if not inputs.weighting.needs_scorer:
+        return None
+    window = config.scorer.short_window
+    assert window is not None  # checked with the options
+    bos_id = config.data.bos_id if config.data.bos_id is not None else inputs.architecture.bos_token_id
+    return ShortWindowScorer.create(
+        config.data.seq_length,
+        window,
+        config.scorer.stride(config.data.seq_length),
+        include_first=False,
+        bos_id=bos_id,
+        layout=layout,
+        sequence_parallel=config.parallel.uses_sequence_parallel,
+        scoring_micro_batch=config.scorer.scoring_micro_batch,
+    )

@@ -1,0 +1,190 @@
+"""One optimizer step: score the rows in short windows, make weights, forward and backward, update.
+
+R = rows, N = tokens of a row, T = N - 1 targets of a row, S = tokens of a row that this rank holds, M = rows of a micro-batch.
+
+    rows -> short-window NLL (one forward-only pipeline pass for all micro-batches)
+         -> long NLL of a micro-batch, gathered over the context-parallel group (4 bytes a target)
+         -> weights of whole rows -> this rank's slice -> sum(weight * NLL), count of valid targets -> gradients / global count
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
+
+from megatron_tw.data.loader import Batch
+from megatron_tw.model.forward import Sequences, ShortWindowScorer, call_model, long_sequences, run_schedule
+from megatron_tw.parallel.devices import Device, synchronize
+from megatron_tw.parallel.layout import Layout, gather_over_context, same_on_tensor_ranks
+from megatron_tw.parallel.zigzag import zigzag_shard
+from megatron_tw.weighting import Weighting, check_finite, token_weights, unfrozen_short_nll
+
+_SUMS = ("weighted_nll", "nll", "targets", "weight_std", "zero_weights", "weight_beyond_window", "weights", "rows", "nonfinite")
+"""What a micro-batch reports, as sums over its rows; summed over micro-batches and data-parallel ranks before any division."""
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """A micro-batch on the device: whole rows for the weights, this rank's slice of them for the model."""
+
+    sequences: Sequences
+    row_index_M: Tensor
+    valid_MT: Tensor
+    short_nll_MT: Tensor | None
+
+
+@dataclass(kw_only=True)
+class TrainingStep:
+    """The step of one run. Calling it with this rank's micro-batches updates the model and returns the step's metrics.
+
+    window: tokens of the scorer's short window, None for schemes without a scorer.
+    """
+
+    model: Sequence[torch.nn.Module]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    layout: Layout
+    device: Device
+    weighting: Weighting
+    scorer: ShortWindowScorer | None
+    window: int | None
+    seed: int
+
+    def __call__(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Run one step on `batches`, this data-parallel rank's micro-batches of the same size.
+
+        Returns metrics on every rank: weighted_loss, lm_loss (unweighted), weight_std and the other weight statistics, grad_norm
+        (before clipping), learning_rate, scoring_seconds, step_seconds, tokens.
+
+        Raises:
+            ValueError: a NaN or infinite NLL, before the optimizer sees it; on every rank.
+        """
+        synchronize()
+        started = time.perf_counter()
+        step_batches = self._prepare(batches)
+        scored = time.perf_counter()
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        reports = run_schedule(
+            self.model,
+            self._forward_step,
+            step_batches,
+            local_length=step_batches[0].sequences.ids_MS.shape[1],
+            micro_batch_size=len(step_batches[0].row_index_M),
+            layout=self.layout,
+            forward_only=False,
+        )
+        sums = self._sum_over_run(reports)
+        if sums["nonfinite"]:
+            raise ValueError(f"NLL: {sums['nonfinite']:.0f} targets are NaN or infinite; no update was made (see the rank that names one)")
+        learning_rate = self.scheduler.get_lr(self.optimizer.param_groups[0])
+        updated, grad_norm, _ = self.optimizer.step()
+        if not updated:
+            raise ValueError("gradients: NaN or infinite; no update was made. A lower --lr or --clip-grad may help")
+        self.scheduler.step(increment=1)
+        synchronize()
+        tokens = sums["rows"] * (batches[0].tokens.shape[1])
+        return {
+            "weighted_loss": sums["weighted_nll"] / sums["targets"],
+            "lm_loss": sums["nll"] / sums["targets"],
+            "weight_std": sums["weight_std"] / sums["rows"],
+            "zero_weight_share": sums["zero_weights"] / sums["targets"],
+            "weight_share_beyond_window": sums["weight_beyond_window"] / sums["weights"] if sums["weights"] else 0.0,
+            "grad_norm": float(grad_norm),
+            "learning_rate": learning_rate,
+            "tokens": tokens,
+            "scoring_seconds": scored - started if self.scorer is not None else 0.0,
+            "step_seconds": time.perf_counter() - started,
+        }
+
+    def _prepare(self, batches: Sequence[Batch]) -> list[StepBatch]:
+        """Rows onto the device, and their short NLL by the model as it is before this step (the unfrozen scorer)."""
+        rows_RN = torch.cat([batch.tokens for batch in batches]).to(self.device.device)
+        size = len(batches[0].tokens)
+        short_RT = self.scorer.nll(self.model, rows_RN) if self.scorer is not None else None
+        if self.scorer is not None:
+            synchronize()
+        prepared = []
+        for index, (batch, rows_MN) in enumerate(zip(batches, rows_RN.split(size), strict=True)):
+            valid = torch.ones_like(rows_MN[:, 1:], dtype=torch.bool) if batch.valid is None else batch.valid.to(rows_MN.device)
+            prepared.append(
+                StepBatch(
+                    long_sequences(rows_MN, self.layout),
+                    batch.row_index.to(rows_MN.device),
+                    valid,
+                    None if short_RT is None else short_RT[index * size : (index + 1) * size],
+                )
+            )
+        return prepared
+
+    def _forward_step(self, iterator: Iterator[StepBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+        batch = next(iterator)
+        return call_model(model, batch.sequences), partial(self._loss, batch)
+
+    def _loss(self, batch: StepBatch, nll_SM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Weighted sum over this rank's targets, its count of valid targets (an integer, free of weights), and the report."""
+        nll_MS = nll_SM.transpose(0, 1)
+        long_MT = gather_over_context(nll_MS.detach(), self.layout)[:, :-1]
+        short_MT = batch.short_nll_MT
+        if short_MT is not None:
+            assert self.window is not None
+            short_MT = unfrozen_short_nll(long_MT, short_MT, self.window)
+        weights_MT = token_weights(
+            long_MT, short_MT, self.weighting, valid=batch.valid_MT, row_ids=batch.row_index_M, seed=self.seed
+        )
+        weights_MT = same_on_tensor_ranks(weights_MT, self.layout)
+        shard = batch.sequences.shard
+        weights_MS, valid_MS = (
+            zigzag_shard(torch.nn.functional.pad(x, (0, 1)), 1, rank=shard.rank, size=shard.size)
+            for x in (weights_MT, batch.valid_MT)
+        )
+        # A masked target may hold anything: 0 * NaN must not reach the sum.
+        loss = (weights_MS * torch.where(valid_MS, nll_MS, 0.0)).sum()
+        return loss, valid_MS.sum().int(), self._report(batch, long_MT, short_MT, weights_MT)
+
+    def _report(self, batch: StepBatch, long_MT: Tensor, short_MT: Tensor | None, weights_MT: Tensor) -> Tensor:
+        """The sums named in _SUMS over whole rows, fp64."""
+        valid_MT = batch.valid_MT
+        finite_MT = long_MT.isfinite() if short_MT is None else long_MT.isfinite() & short_MT.isfinite()
+        bad_MT = valid_MT & ~finite_MT
+        if bool(bad_MT.any()):
+            try:
+                for name, nll in (("long NLL", long_MT), ("short NLL", short_MT)):
+                    if nll is not None:
+                        check_finite(nll, valid=valid_MT, row_ids=batch.row_index_M, name=name, rank=self.layout.rank)
+            except ValueError as error:  # raised again, on every rank, once all of them know
+                print(f"error: {error}", flush=True)
+        long_MT, weights_MT = torch.where(valid_MT, long_MT, 0.0).double(), weights_MT.double()
+        count_M = valid_MT.sum(1)
+        mean_M1 = (weights_MT.sum(1) / count_M.clamp(min=1))[:, None]
+        variance_M = torch.where(valid_MT, (weights_MT - mean_M1) ** 2, 0.0).sum(1) / (count_M - 1).clamp(min=1)
+        sums = (
+            (weights_MT * long_MT).sum(),
+            long_MT.sum(),
+            count_M.sum(),
+            variance_M.sqrt().sum(),
+            (valid_MT & (weights_MT == 0)).sum(),
+            weights_MT[:, self.window or weights_MT.shape[1] :].sum(),
+            weights_MT.sum(),
+            torch.tensor(len(weights_MT), device=weights_MT.device),
+            bad_MT.sum(),
+        )
+        return torch.stack([x.double() for x in sums])
+
+    def _sum_over_run(self, reports: Sequence[Tensor]) -> dict[str, float]:
+        """Sums over micro-batches and data-parallel ranks, on every rank: the last pipeline stage has them and tells the others."""
+        sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.device.device)
+        if self.layout.is_last_stage:
+            sums += torch.stack(list(reports)).sum(0)
+            dist.all_reduce(sums, group=self.layout.dp_group)
+        if self.layout.pp_size > 1:
+            dist.broadcast(sums, self.layout.last_stage_rank, group=self.layout.pp_group)
+        return dict(zip(_SUMS, sums.tolist(), strict=True))
