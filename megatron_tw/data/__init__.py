@@ -1,0 +1,12 @@
+"""Documents to token rows, and token rows to batches.
+
+The way of the data, one module a step:
+
+    documents.py   input files -> documents: text, or ready token ids
+    tokenizer.py   text -> token ids; the fingerprint of what decides them
+    prepare.py     documents -> rows of BOS + N-1 tokens, in several processes
+    rows.py        the folder of prepared rows: written once, opened by TokenRows
+    loader.py      rows -> the micro-batches of a data-parallel rank, resumed by one number
+
+Nothing is imported here: preparing with several processes starts Python once a process, which must not wait for torch.
+"""

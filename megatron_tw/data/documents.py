@@ -1,0 +1,163 @@
+"""Input files to documents.
+
+    text files      one file is one document (.txt and any other name)
+    .jsonl, .json   one JSON object a line is one document
+    .parquet        one row of the table is one document
+
+A document is text, or the ready token ids of one row. Documents come in input order. Every error names the file, and
+the line where there is one.
+"""
+
+import glob
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+JSON_SUFFIXES = (".jsonl", ".json")
+PARQUET_SUFFIX = ".parquet"
+DIRECTORY_SUFFIXES = (".txt", ".jsonl", PARQUET_SUFFIX)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document as it was read."""
+
+    content: str | npt.NDArray[np.int64]
+    """Its text, or its ready token ids [tokens] (not yet checked against a length or a vocabulary)."""
+    location: str
+    """Where it stands, for errors: FILE or FILE:LINE."""
+    file_bytes: int
+    """Its share of the input file's bytes, for progress."""
+
+
+def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
+    """The files that `--input` names, in the order given; a glob's or directory's own files are sorted by path.
+
+    A directory stands for its .txt, .jsonl and .parquet files, at any depth; other text files need a glob
+    (`DIR/**/*.py`).
+
+    Raises:
+        ValueError: something names no file.
+    """
+    files: list[Path] = []
+    for item in map(str, inputs):
+        path = Path(item)
+        if path.is_file():
+            found = [path]
+        elif path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix in DIRECTORY_SUFFIXES and file.is_file())
+            if not found:
+                raise ValueError(
+                    f"--input {item}: the directory holds no {', '.join(DIRECTORY_SUFFIXES)} files; "
+                    f"name other text files by a glob, such as '{item.rstrip('/')}/**/*.py'"
+                )
+        else:
+            found = sorted(file for file in map(Path, glob.glob(item, recursive=True)) if file.is_file())
+            if not found:
+                raise ValueError(f"--input {item}: no such file or directory, and no glob that matches a file")
+        files += found
+    if not files:
+        raise ValueError("--input names no file")
+    return files
+
+
+def read_documents(files: Sequence[Path], *, key: str, ready_ids: bool) -> Iterator[Document]:
+    """The documents of `files`, in order.
+
+    Args:
+        key: JSON key or parquet column that holds the text or the ids.
+        ready_ids: the documents are token ids, not text.
+
+    Raises:
+        ValueError: empty file, text that is not UTF-8, malformed JSON, missing key, value of another kind.
+        OSError: a file cannot be read.
+    """
+    for file in files:
+        if file.stat().st_size == 0:
+            raise ValueError(f"{file}: the file is empty")
+        if file.suffix in JSON_SUFFIXES:
+            yield from _read_json_lines(file, key, ready_ids)
+        elif file.suffix == PARQUET_SUFFIX:
+            yield from _read_parquet(file, key, ready_ids)
+        elif ready_ids:
+            raise ValueError(
+                f"{file}: --tokenizer none reads ready ids from .jsonl or .parquet; a text file needs a tokenizer"
+            )
+        else:
+            content = file.read_bytes()
+            yield Document(_decode(content, file), str(file), len(content))
+
+
+def _read_json_lines(file: Path, key: str, ready_ids: bool) -> Iterator[Document]:
+    empty = True
+    with file.open("rb") as stream:
+        for line_number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            empty = False
+            location = f"{file}:{line_number}"
+            try:
+                record = json.loads(_decode(line, file, first_line=line_number))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{location}: malformed JSON: {error.msg} (column {error.colno})") from error
+            if not isinstance(record, dict):
+                raise ValueError(f"{location}: expected a JSON object, got {type(record).__name__}")
+            if key not in record:
+                raise ValueError(f'{location}: no key "{key}" among {list(record)} (see --text-key)')
+            yield Document(_content(record[key], key, ready_ids, location), location, len(line))
+    if empty:
+        raise ValueError(f"{file}: the file holds no documents, only blank lines")
+
+
+def _read_parquet(file: Path, key: str, ready_ids: bool) -> Iterator[Document]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(f"{file}: reading parquet needs pyarrow (pip install pyarrow)") from error
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            if key not in table.schema_arrow.names:
+                raise ValueError(f'{file}: no column "{key}" among {table.schema_arrow.names} (see --text-key)')
+            if table.metadata.num_rows == 0:
+                raise ValueError(f"{file}: the table has no rows")
+            file_bytes = file.stat().st_size // table.metadata.num_rows
+            row_number = 0
+            for batch in table.iter_batches(batch_size=256, columns=[key]):
+                for value in batch.column(0):
+                    row_number += 1
+                    location = f"{file}: row {row_number}"
+                    yield Document(_content(value.as_py(), key, ready_ids, location), location, file_bytes)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file}: not a readable parquet file: {error}") from error
+
+
+def _content(value: Any, key: str, ready_ids: bool, location: str) -> str | npt.NDArray[np.int64]:
+    if not ready_ids:
+        if not isinstance(value, str):
+            raise ValueError(f'{location}: "{key}" must be text, got {type(value).__name__}')
+        try:  # JSON's \ud800 makes a string that is no Unicode text: tokenizers refuse it without saying where
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f'{location}: "{key}" holds an unpaired surrogate at character {error.start}') from error
+        return value
+    if not isinstance(value, list) or not all(type(item) is int for item in value):
+        raise ValueError(f'{location}: "{key}" must be a list of integers (token ids)')
+    try:
+        return np.array(value, dtype=np.int64)
+    except OverflowError as error:
+        raise ValueError(f'{location}: "{key}" holds an id beyond 64 bits') from error
+
+
+def _decode(content: bytes, file: Path, first_line: int = 1) -> str:
+    """UTF-8 text, without the byte-order mark that some editors put in front."""
+    try:
+        return content.decode("utf-8-sig" if first_line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        line = first_line + error.object.count(b"\n", 0, error.start)
+        raise ValueError(f"{file}:{line}: not UTF-8 text (byte 0x{error.object[error.start]:02x})") from error

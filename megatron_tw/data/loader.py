@@ -1,0 +1,187 @@
+"""Token rows to the micro-batches of one data-parallel rank.
+
+    sample 0, 1, 2, ...           the run's own count: `consumed_samples` so far
+    RowOrder                      sample -> row: epoch after epoch, each shuffled by (seed, epoch)
+    step                          the next `global_batch_size` samples
+    micro_batch_samples           a step's samples -> those of one rank's micro-batch
+
+Both maps are pure functions of plain integers: the state of the data is one number, and which rank takes which row
+never changes the rows of a step.
+
+Shapes: B rows of a micro-batch, N tokens of a row.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from megatron_tw.data.rows import TokenRows
+
+
+class RowOrder:
+    """Which row each sample is. Epoch e is samples e*num_rows .. (e+1)*num_rows - 1 and takes every row once.
+
+    Args:
+        num_rows: rows of the dataset.
+        seed: of the shuffle, >= 0.
+        shuffle: False: input order in every epoch.
+
+    Raises:
+        ValueError: negative seed.
+    """
+
+    def __init__(self, num_rows: int, *, seed: int, shuffle: bool) -> None:
+        assert num_rows > 0
+        if seed < 0:
+            raise ValueError(f"--seed {seed}: the data order needs a seed >= 0")
+        self.num_rows = num_rows
+        self.seed = seed
+        self.shuffle = shuffle
+        self._cached: tuple[int, npt.NDArray[np.int64]] | None = None
+
+    def __getitem__(self, sample: int) -> int:
+        """The row of a sample; samples are expected to come epoch after epoch (one epoch's permutation is kept)."""
+        epoch, position = divmod(sample, self.num_rows)
+        if not self.shuffle:
+            return position
+        if self._cached is None or self._cached[0] != epoch:
+            self._cached = epoch, epoch_permutation(self.num_rows, seed=self.seed, epoch=epoch)
+        return int(self._cached[1][position])
+
+
+def epoch_permutation(num_rows: int, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """The rows of an epoch in their order, int64 [num_rows].
+
+    Rows are sorted by random 64-bit keys. numpy promises that the raw numbers of a bit generator stay the same for ever
+    and everywhere, but not so for `Generator.permutation`; and a resumed run must find its order again.
+    """
+    keys = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_rows)
+    return np.argsort(keys, kind="stable").astype(np.int64)
+
+
+def micro_batch_samples(first: int, micro_batch: int, *, dp_rank: int, dp_size: int, micro_batch_size: int) -> range:
+    """The samples of a rank's micro-batch in the step that begins with sample `first`.
+
+    Two ranks, micro-batches of 3, a global batch of 12 that begins with sample 100:
+
+    >>> [list(micro_batch_samples(100, m, dp_rank=1, dp_size=2, micro_batch_size=3)) for m in range(2)]
+    [[103, 104, 105], [109, 110, 111]]
+    """
+    start = first + (micro_batch * dp_size + dp_rank) * micro_batch_size
+    return range(start, start + micro_batch_size)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: whole rows, the same on every rank of a model replica."""
+
+    tokens: torch.Tensor
+    """int64 [B, N]."""
+    row_index: torch.Tensor
+    """int64 [B]: which rows of the dataset they are."""
+    valid: torch.Tensor | None = None
+    """bool [B, N-1], which targets count; None: all of them."""
+
+
+class Loader:
+    """Endless iterator over steps: `next` gives the list of this rank's micro-batches and advances `consumed_samples`.
+
+    Args:
+        rows: the dataset.
+        order: made for as many rows.
+        global_batch_size: rows of a step, over all ranks.
+        micro_batch_size: rows of a micro-batch.
+        dp_rank, dp_size: this rank in the data-parallel group.
+        consumed_samples: where to begin.
+
+    Raises:
+        ValueError: the global batch is not made of whole micro-batches on every rank.
+    """
+
+    def __init__(
+        self,
+        rows: TokenRows,
+        order: RowOrder,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        consumed_samples: int = 0,
+    ) -> None:
+        assert order.num_rows == len(rows)
+        assert 0 <= dp_rank < dp_size
+        assert consumed_samples >= 0
+        if min(global_batch_size, micro_batch_size) < 1 or global_batch_size % (micro_batch_size * dp_size):
+            raise ValueError(
+                f"--global-batch-size {global_batch_size} must be a positive multiple of "
+                f"--micro-batch-size {micro_batch_size} x data-parallel size {dp_size}"
+            )
+        self.rows = rows
+        self.order = order
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.dp_rank = dp_rank
+        self.dp_size = dp_size
+        self.consumed_samples = consumed_samples
+
+    @property
+    def num_microbatches(self) -> int:
+        return self.global_batch_size // (self.micro_batch_size * self.dp_size)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        batches = [self._micro_batch(index) for index in range(self.num_microbatches)]
+        self.consumed_samples += self.global_batch_size
+        return batches
+
+    def _micro_batch(self, index: int) -> Batch:
+        samples = micro_batch_samples(
+            self.consumed_samples,
+            index,
+            dp_rank=self.dp_rank,
+            dp_size=self.dp_size,
+            micro_batch_size=self.micro_batch_size,
+        )
+        row_index = [self.order[sample] for sample in samples]
+        tokens_BN = np.stack([self.rows[row] for row in row_index])
+        return Batch(torch.from_numpy(tokens_BN), torch.tensor(row_index, dtype=torch.int64))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the data stands (`consumed_samples`), and what it must be for that number to mean the same."""
+        return {"consumed_samples": self.consumed_samples, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues after the saved samples, under any layout and global batch size.
+
+        Raises:
+            ValueError: another dataset or another order; tells every difference.
+        """
+        options = {
+            "seed": "--seed",
+            "shuffle": "--no-shuffle",
+            "num_rows": "--data-path",
+            "data_fingerprint": "--data-path",
+        }
+        differences = [
+            f"{name} was {state.get(name)} and is now {value} ({options[name]})"
+            for name, value in self._identity().items()
+            if state.get(name) != value
+        ]
+        if differences:
+            raise ValueError("--load: the run's data cannot be continued: " + "; ".join(differences))
+        self.consumed_samples = int(state["consumed_samples"])
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "seed": self.order.seed,
+            "shuffle": self.order.shuffle,
+            "num_rows": self.order.num_rows,
+            "data_fingerprint": self.rows.header.fingerprint,
+        }

@@ -1,0 +1,275 @@
+"""The folder of prepared token rows: what is in it, how it is written, how it is opened.
+
+    DIR/dataset.json          versioned header (RowsHeader)
+    DIR/rows.bin, rows.idx    the rows in Megatron's IndexedDataset format: one sequence a row, one document a document
+    DIR/rows_documents.npy    [R, 2] int64: number of the row's document, and the offset in it of the row's first token.
+                              A row's BOS is no token of its document: row token i >= 1 is its token offset + i - 1.
+                              Ready rows are their whole document: row token i is its token i
+    DIR/tokenizer/            the tokenizer's files (not with ready ids)
+
+Shapes: R rows, N tokens of a row (`seq_length`).
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import numpy.typing as npt
+
+FORMAT = "megatron_tw token rows"
+FORMAT_VERSION = 1
+HEADER_FILE = "dataset.json"
+DOCUMENTS_FILE = "rows_documents.npy"
+TOKENIZER_DIR = "tokenizer"
+INDEX_HEADER = struct.Struct("<9sQBQQ")  # rows.idx: magic, version, dtype code, rows, document boundaries
+INDEX_ROW_BYTES, INDEX_BOUNDARY_BYTES = 12, 8  # what follows for each
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerInfo:
+    """Which tokenizer made the ids."""
+
+    kind: str
+    name: str
+    """For people: the name of its folder or file."""
+    fingerprint: str
+    """Tokenizer.fingerprint: what is compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowCounts:
+    """What became of the documents."""
+
+    documents: int
+    tokens: int
+    """Of all documents, without the BOS of the rows."""
+    rows: int
+    documents_too_short: int
+    """Documents that gave no row."""
+    tokens_dropped: int
+    """Last pieces shorter than a row, and documents too short."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsHeader:
+    """dataset.json."""
+
+    seq_length: int
+    vocab_size: int | None
+    """None: ready ids whose vocabulary was not given."""
+    largest_id: int
+    bos_id: int | None
+    dtype: str
+    """"uint16" or "int32": of the ids in rows.bin."""
+    tokenizer: TokenizerInfo | None
+    """None: ready ids."""
+    counts: RowCounts
+    fingerprint: str
+    """sha256 (hex) of the rows and their places in the documents: what scores made from these rows refer to."""
+
+    def to_json(self) -> str:
+        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        return json.dumps(content, indent=2) + "\n"
+
+    @classmethod
+    def from_file(cls, file: Path) -> "RowsHeader":
+        """Raises ValueError for a file of another kind or version, or one with fields missing."""
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file}: malformed JSON: {error}") from error
+        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+            raise ValueError(f'{file}: not a header of "{FORMAT}"')
+        version = content.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"{file}: format version {version}, but this program reads version {FORMAT_VERSION}; "
+                "prepare the rows again with tools/preprocess_data.py"
+            )
+        try:
+            if content["tokenizer"] is not None:
+                content["tokenizer"] = TokenizerInfo(**content["tokenizer"])
+            content["counts"] = RowCounts(**content["counts"])
+            return cls(**content)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{file}: missing or unknown fields: {error}") from error
+
+
+class RowsWriter:
+    """Writes rows into an existing, empty folder; `close` completes it.
+
+    Args:
+        seq_length: N.
+        vocab_size: decides the ids' dtype (None: int32).
+    """
+
+    def __init__(self, folder: Path, *, seq_length: int, vocab_size: int | None, bos_id: int | None) -> None:
+        indexed_dataset = _import_indexed_dataset()
+        self._folder = folder
+        self._seq_length = seq_length
+        self._vocab_size = vocab_size
+        self._bos_id = bos_id
+        self._dtype = np.dtype(indexed_dataset.DType.optimal_dtype(vocab_size))
+        self._builder = indexed_dataset.IndexedDatasetBuilder(str(folder / "rows.bin"), dtype=self._dtype.type)
+        self._documents: list[npt.NDArray[np.int64]] = []
+        self._largest_id = 0
+        self._digest = hashlib.sha256(f"{seq_length} {self._dtype.name} ".encode())
+
+    def add_document(self, rows_RN: npt.NDArray[np.integer], document: int, offsets_R: npt.NDArray[np.int64]) -> None:
+        """Appends the rows of one document, given its number and each row's token offset in it."""
+        assert rows_RN.shape == (len(offsets_R), self._seq_length)
+        assert len(offsets_R) > 0
+        smallest, largest = int(rows_RN.min()), int(rows_RN.max())
+        assert 0 <= smallest <= largest <= np.iinfo(self._dtype).max
+        assert self._vocab_size is None or largest < self._vocab_size
+        self._largest_id = max(self._largest_id, largest)
+        rows_RN = np.ascontiguousarray(rows_RN, dtype=self._dtype)
+        self._builder.add_document(rows_RN, [self._seq_length] * len(rows_RN))
+        self._digest.update(rows_RN.tobytes())
+        self._documents.append(np.stack([np.full_like(offsets_R, document), offsets_R], axis=1))
+
+    def close(self, counts: RowCounts, tokenizer: TokenizerInfo | None) -> RowsHeader:
+        """Writes the index, the places in the documents and the header."""
+        documents_R2 = np.concatenate(self._documents)
+        assert len(documents_R2) == counts.rows
+        self._builder.finalize(str(self._folder / "rows.idx"))
+        np.save(self._folder / DOCUMENTS_FILE, documents_R2)
+        self._digest.update(documents_R2.tobytes())
+        header = RowsHeader(
+            seq_length=self._seq_length,
+            vocab_size=self._vocab_size,
+            largest_id=self._largest_id,
+            bos_id=self._bos_id,
+            dtype=self._dtype.name,
+            tokenizer=tokenizer,
+            counts=counts,
+            fingerprint=self._digest.hexdigest(),
+        )
+        (self._folder / HEADER_FILE).write_text(header.to_json(), encoding="utf-8")
+        return header
+
+
+class TokenRows:
+    """A prepared dataset, memory-mapped: `rows[i]` is row i as a new int64 array [N].
+
+    Args:
+        path: folder that tools/preprocess_data.py wrote.
+
+    Raises:
+        ValueError: another kind of folder, missing or truncated files, another format version.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        header_file = self.path / HEADER_FILE
+        if not header_file.is_file():
+            raise ValueError(f"{path}: not a dataset folder (no {HEADER_FILE}); make one with tools/preprocess_data.py")
+        self.header = RowsHeader.from_file(header_file)
+        indexed_dataset = _import_indexed_dataset()
+        self._check_files(indexed_dataset.DType[self.header.dtype].value)
+        self.documents_R2 = self._load_documents()
+        # Rows are copied out of its memory map, for a view of a freed map crashes the process.
+        self._dataset = indexed_dataset.IndexedDataset(str(self.path / "rows"))
+        if not (self._dataset.sequence_lengths == self.header.seq_length).all():
+            raise ValueError(f"{self.path}/rows.idx does not fit {HEADER_FILE}: it is of another dataset")
+
+    def __len__(self) -> int:
+        return self.header.counts.rows
+
+    def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)} rows")
+        row_N: npt.NDArray[np.int64] = self._dataset[int(index)].astype(np.int64)  # a copy, never a view
+        return row_N
+
+    def _check_files(self, dtype_code: int) -> None:
+        """What IndexedDataset would meet with an assert, a crash, or not at all."""
+        header, counts = self.header, self.header.counts
+        boundaries = counts.documents - counts.documents_too_short + 1
+        expected = {
+            "rows.bin": counts.rows * header.seq_length * np.dtype(header.dtype).itemsize,
+            "rows.idx": INDEX_HEADER.size + INDEX_ROW_BYTES * counts.rows + INDEX_BOUNDARY_BYTES * boundaries,
+        }
+        for name, size in expected.items():
+            file = self.path / name
+            if not file.is_file():
+                raise ValueError(f"{file} is missing: the dataset is incomplete")
+            if file.stat().st_size != size:
+                raise ValueError(
+                    f"{file} is truncated or of another dataset: {size} bytes expected, {file.stat().st_size} there"
+                )
+        index_header = INDEX_HEADER.pack(b"MMIDIDX\0\0", 1, dtype_code, counts.rows, boundaries)
+        with (self.path / "rows.idx").open("rb") as stream:
+            if stream.read(INDEX_HEADER.size) != index_header:
+                raise ValueError(f"{self.path}/rows.idx does not fit {HEADER_FILE}: it is of another dataset")
+
+    def _load_documents(self) -> npt.NDArray[np.int64]:
+        file = self.path / DOCUMENTS_FILE
+        if not file.is_file():
+            raise ValueError(f"{file} is missing: the dataset is incomplete")
+        try:
+            documents_R2: npt.NDArray[np.int64] = np.load(file, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{file} is truncated or no numpy file: {error}") from error
+        if documents_R2.shape != (len(self), 2) or documents_R2.dtype != np.int64:
+            raise ValueError(
+                f"{file}: expected int64 [{len(self)}, 2], got {documents_R2.dtype} {list(documents_R2.shape)}"
+            )
+        return documents_R2
+
+
+def check_rows(rows: TokenRows, *, seq_length: int, model_vocab_size: int | None = None) -> None:
+    """Checks that rows fit a run.
+
+    Raises:
+        ValueError: rows of another length than `--seq-length`, or ids that the model's vocabulary (unpadded) has not.
+    """
+    header = rows.header
+    if header.seq_length != seq_length:
+        raise ValueError(f"{rows.path}: dataset rows of {header.seq_length} tokens, --seq-length {seq_length}")
+    data_vocab_size = header.largest_id + 1 if header.vocab_size is None else header.vocab_size
+    if model_vocab_size is not None and data_vocab_size > model_vocab_size:
+        made_by = f"tokenizer {header.tokenizer.name}" if header.tokenizer else "ready ids"
+        raise ValueError(
+            f"{rows.path}: dataset ({made_by}) with a vocabulary of {data_vocab_size} tokens, "
+            f"but the model's has {model_vocab_size}"
+        )
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder beside `output` that becomes `output` when the block ends well, and is removed when not.
+
+    Raises:
+        ValueError: `output` is a file or a folder that holds something.
+    """
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(f"--output {output} already exists and is not an empty folder")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.absolute().parent / f".{output.name}.{os.getpid()}.partial"
+    temporary.mkdir()
+    try:
+        yield temporary
+        temporary.rename(output)  # replaces an empty folder, and nothing else
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise
+
+
+def _import_indexed_dataset() -> ModuleType:
+    """Megatron-Core's module, imported on first use: that takes seconds, which tokenizing processes need not spend."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed", category=UserWarning)
+        from megatron.core.datasets import indexed_dataset
+    module: ModuleType = indexed_dataset
+    return module
