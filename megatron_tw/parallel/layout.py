@@ -70,13 +70,14 @@ def start_process_group(device: Device, timeout_minutes: int) -> None:
         dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
-def make_layout(config: ParallelConfig, *, num_model_chunks: int | None = None) -> Layout:
-    """Create the groups of `config` in the existing world. Collective over the world.
+def make_layout(config: ParallelConfig, *, num_model_chunks: int | None = None, seed: int = 1234) -> Layout:
+    """Create the groups of `config` in the existing world, and seed Megatron's random states for them. Collective over the world.
 
     num_model_chunks: chunks per pipeline rank under interleaving (`--num-layers-per-virtual-pipeline-stage` resolved with the
     model's number of layers), else None.
     """
     from megatron.core import parallel_state as mpu
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     hierarchical = config.hierarchical_context_parallel_sizes
     mpu.initialize_model_parallel(
@@ -88,6 +89,8 @@ def make_layout(config: ParallelConfig, *, num_model_chunks: int | None = None) 
         distributed_timeout_minutes=config.distributed_timeout_minutes,
         create_gloo_process_groups=False,
     )
+    # Tensor-parallel regions fork a random state of their own; nothing is dropped out in the models here, but they ask for it.
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return Layout(
         world_size=dist.get_world_size(),
         rank=dist.get_rank(),

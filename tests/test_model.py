@@ -1,0 +1,243 @@
+"""The model on Megatron-Core equals transformers under every layout; weights go in and out bit for bit."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from tiny import BOS, SEQ_LENGTH, STRIDE, TINY_LLAMA, VOCAB, WINDOW, Axes, layout_of, load_tiny, reference_rows
+
+from megatron_tw.model.architecture import export_hf_config, parse_architecture, read_architecture, rotary_frequencies
+from megatron_tw.model.build import save_hf
+from megatron_tw.model.forward import ShortWindowScorer, long_nll, long_sequences, run_schedule
+from megatron_tw.model.huggingface import SafetensorsFolder
+from megatron_tw.parallel.zigzag import unshard
+
+LAYOUTS = [
+    Axes(),
+    Axes(tp=2),
+    Axes(pp=2),
+    Axes(cp=2),
+    Axes(pp=2, vpp_layers=1),
+    Axes(tp=2, cp=2),
+    Axes(pp=2, cp=2),
+    Axes(cp=4),
+    Axes(tp=2, pp=2),
+]
+each_layout = pytest.mark.parametrize("axes", LAYOUTS, ids=lambda axes: axes.name)
+
+
+def whole_logits(chunks, rows, layout):
+    """Logits [rows, N, V / padded] of whole rows on the last stage, put together from all vocabulary and sequence shards."""
+
+    def step(iterator, model):
+        sequences = next(iterator)
+        logits = model(sequences.ids_MS, None, None, labels=None, packed_seq_params=sequences.shard)
+        return logits, lambda x: (x.float().sum(), torch.zeros((), dtype=torch.int), x)
+
+    batches = [long_sequences(part, layout) for part in rows.split(1)]
+    with torch.no_grad():
+        parts = run_schedule(
+            chunks,
+            step,
+            batches,
+            local_length=rows.shape[1] // layout.cp_size,
+            micro_batch_size=1,
+            layout=layout,
+            forward_only=True,
+        )
+    if not parts:
+        return None
+    local = torch.cat(parts, dim=1).contiguous()
+    for group, join in ((layout.tp_group, partial(torch.cat, dim=2)), (layout.cp_group, partial(unshard, dim=0))):
+        shards = [torch.empty_like(local) for _ in range(group.size())]
+        dist.all_gather(shards, local, group=group)
+        local = join(shards)
+    return local.transpose(0, 1)
+
+
+def logits_and_nll(axes: Axes, folder: Path):
+    with layout_of(axes) as layout:
+        _, chunks = load_tiny(axes, layout, folder)
+        rows = torch.from_numpy(reference_rows())
+        logits = whole_logits(chunks, rows, layout)
+        long = long_nll(chunks, rows, layout, micro_batch_size=2)
+        short = {}
+        for name, include_first, bos in (
+            ("short_nll_with_first", True, BOS),
+            ("short_nll_without_first", False, BOS),
+            ("short_nll_no_bos", True, None),
+        ):
+            scorer = ShortWindowScorer.create(
+                SEQ_LENGTH, WINDOW, STRIDE,
+                include_first=include_first, bos_id=bos, layout=layout, sequence_parallel=axes.tp > 1,
+                scoring_micro_batch=3 if bos is None else None,
+            )  # fmt: skip
+            short[name] = scorer.nll(chunks, rows)
+        training = [chunk.training for chunk in chunks]
+    return logits, long, short, training
+
+
+def reference_logits(folder: Path) -> torch.Tensor:
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(torch.from_numpy(reference_rows())).logits
+
+
+@each_layout
+def test_logits_and_nlls_equal_the_references(axes, ranks, reference):
+    expected = reference_logits(TINY_LLAMA)
+    windows = np.load(reference / "windows.npz")
+    answered = 0
+    for logits, long, short, training in ranks(axes.world_size).run(logits_and_nll, axes, TINY_LLAMA):
+        assert all(training), "the forward-only pass left the model in eval mode"
+        if logits is None:
+            assert long is None and all(nll is None for nll in short.values())
+            continue
+        answered += 1
+        torch.testing.assert_close(logits[..., :VOCAB], expected, atol=5e-5, rtol=0)
+        np.testing.assert_allclose(long, windows["long_nll"], atol=2e-5, rtol=0)
+        for name, nll in short.items():
+            np.testing.assert_allclose(nll, windows[name], atol=2e-5, rtol=0, err_msg=name)
+    assert answered == axes.world_size // axes.pp
+
+
+@pytest.fixture(scope="module")
+def variant_folders(tmp_path_factory) -> dict[str, Path]:
+    """Random Llamas as transformers writes them: tied embeddings with llama3 scaling, and one whose files are sharded."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = dict(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, bos_token_id=BOS,
+    )  # fmt: skip
+    llama3 = dict(
+        rope_type="llama3", rope_theta=50000.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=64,
+    )  # fmt: skip
+    folders = {}
+    for name, extra, size in (
+        ("tied", dict(tie_word_embeddings=True, rope_parameters=llama3), "1GB"),
+        ("sharded", dict(rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=4.0)), "100KB"),
+    ):
+        torch.manual_seed(3)
+        folders[name] = tmp_path_factory.mktemp(name)
+        LlamaForCausalLM(LlamaConfig(**shape, **extra)).save_pretrained(folders[name], max_shard_size=size)
+    return folders
+
+
+@pytest.mark.parametrize("axes", [Axes(), Axes(tp=2), Axes(pp=2), Axes(tp=2, pp=2)], ids=lambda axes: axes.name)
+@pytest.mark.parametrize("variant", ["tied", "sharded"])
+def test_other_ropes_tied_embeddings_and_sharded_files(axes, variant, variant_folders, ranks):
+    folder = variant_folders[variant]
+    expected = reference_logits(folder)
+    for logits, *_ in ranks(axes.world_size).run(logits_and_nll, axes, folder):
+        if logits is not None:
+            torch.testing.assert_close(logits[..., :VOCAB], expected, atol=5e-5, rtol=0)
+
+
+def round_trip(axes: Axes, folder: Path, target: Path):
+    with layout_of(axes) as layout:
+        architecture, chunks = load_tiny(axes, layout, folder)
+        save_hf(chunks, target, architecture, layout, max_position_embeddings=1024)
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize(
+    "axes", [Axes(), Axes(tp=2), Axes(pp=2, vpp_layers=1), Axes(tp=2, pp=2), Axes(tp=2, cp=2)], ids=lambda axes: axes.name
+)
+@pytest.mark.parametrize("variant", ["tiny", "tied", "sharded"])
+def test_import_then_export_is_bit_exact(axes, variant, variant_folders, ranks, tmp_path):
+    source = variant_folders.get(variant, TINY_LLAMA)
+    ranks(axes.world_size).run(round_trip, axes, source, tmp_path / "out")
+    before, after = read_tensors(source), read_tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+    # What transformers makes of the exported folder is the same model with the new length.
+    torch.testing.assert_close(reference_logits(tmp_path / "out"), reference_logits(source), atol=0, rtol=0)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 1024
+
+
+def test_exported_config_is_read_by_both_generations_of_transformers(variant_folders):
+    architecture = read_architecture(variant_folders["tied"]).with_rotary_base(7e6)
+    exported = export_hf_config(architecture, max_position_embeddings=512, dtype=torch.bfloat16)
+    # transformers 4: rope_theta, rope_scaling, torch_dtype. transformers 5: rope_parameters, dtype.
+    assert exported["rope_theta"] == 7e6 and exported["torch_dtype"] == "bfloat16"
+    assert exported["rope_scaling"]["rope_type"] == "llama3" and "rope_theta" not in exported["rope_scaling"]
+    assert exported["rope_parameters"]["rope_theta"] == 7e6 and exported["dtype"] == "bfloat16"
+    old = {key: value for key, value in exported.items() if key not in ("rope_parameters", "dtype")}
+    assert parse_architecture(old, "transformers 4").rope == architecture.rope
+    torch.testing.assert_close(
+        rotary_frequencies(parse_architecture(old, "transformers 4")), rotary_frequencies(architecture), atol=0, rtol=0
+    )
+
+
+def copy_checkpoint(target: Path) -> Path:
+    target.mkdir()
+    for file in TINY_LLAMA.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def drop_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def other_shape(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 192}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors nor model.safetensors.index.json"),
+        (truncate, "model.safetensors: truncated or not a safetensors file"),
+        (drop_tensor, "model.layers.2.mlp.up_proj.weight is missing"),
+        (other_shape, r"mlp\.\w+_proj.weight: expected shape .*192.*got"),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text(
+                json.dumps({"weight_map": dict.fromkeys(load_file(TINY_LLAMA / "model.safetensors"), "model-1.safetensors")})
+            ),
+            "model-1.safetensors: not found, though the index names it",
+        ),
+    ],
+)
+def test_damaged_checkpoints_are_refused(damage, message, tmp_path):
+    folder = copy_checkpoint(tmp_path / "hf")
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        SafetensorsFolder(folder, read_architecture(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type: expected one of .*llama.*got 'gpt2'"),
+        ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', got 'gelu'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"dtype": "int8"}, "dtype: expected one of"),
+    ],
+)
+def test_other_models_are_refused(change, message):
+    config = json.loads((TINY_LLAMA / "config.json").read_text())
+    with pytest.raises(ValueError, match=message):
+        parse_architecture({**config, **change}, "config.json")
