@@ -163,7 +163,7 @@ def _check_flags(flags: Sequence[str], options: dict[str, Option]) -> None:
 
 
 def _check_yaml(file: str, options: dict[str, Option]) -> None:
-    """Unknown, repeated and wrongly null keys, with their line: jsonargparse has no word for the last two."""
+    """Unknown and repeated keys, wrong nulls and booleans, with their line: of these jsonargparse has less to say."""
     try:
         root = yaml.compose(Path(file).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -180,8 +180,10 @@ def _check_yaml(file: str, options: dict[str, Option]) -> None:
         if name in seen:
             raise ValueError(f"{place}: {name} is set twice")
         seen.add(name)
-        if value.tag == "tag:yaml.org,2002:null" and not options[name].nullable:
-            raise ValueError(f"{place}: {name}: expected {options[name].expected}, got null")
+        is_null, is_bool = (value.tag == f"tag:yaml.org,2002:{tag}" for tag in ("null", "bool"))
+        option = options[name]
+        if (is_null and not option.nullable) or (option.type is bool and not is_bool and not is_null):
+            raise ValueError(f"{place}: {name}: expected {option.expected}, got {value.value or 'null'}")
 
 
 def _join_lists(flags: Sequence[str], options: dict[str, Option]) -> list[str]:

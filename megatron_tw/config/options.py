@@ -1,6 +1,7 @@
 """What a schema says of its options: the fields of its dataclasses, their types, defaults and docstring lines."""
 
 import ast
+import functools
 import inspect
 import textwrap
 import types
@@ -91,6 +92,7 @@ def _without_none(hint: Any) -> tuple[Any, bool]:
     return plain, True
 
 
+@functools.cache
 def _field_docs(group_class: type) -> dict[str, str]:
     """The string under each field of a dataclass, by the field's name."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(group_class))).body

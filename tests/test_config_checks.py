@@ -1,0 +1,297 @@
+"""Every check of options with each other, with the number of ranks and with the model; and the numbers that follow."""
+
+import ast
+import dataclasses
+import inspect
+import math
+import traceback
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+
+import megatron_tw.config.checks as checks
+from megatron_tw.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizationConfig,
+    ParallelConfig,
+    RunConfig,
+    ScorerConfig,
+    TrainConfig,
+    check_config,
+    check_model_shape,
+    check_windows,
+    data_parallel_size,
+    num_microbatches,
+    padded_vocab_size,
+    virtual_pipeline_size,
+)
+
+BASE = RunConfig(
+    data=DataConfig(data_path="rows", seq_length=256),
+    train=TrainConfig(train_iters=3),
+    model=ModelConfig(load_hf="model"),
+)
+
+
+def with_options(**options: Any) -> RunConfig:
+    """BASE with some options changed, without the parser's time."""
+    groups = {field.name: getattr(BASE, field.name) for field in dataclasses.fields(BASE)}
+    for name, value in options.items():
+        (group,) = [group for group, values in groups.items() if hasattr(values, name)]
+        groups[group] = replace(groups[group], **{name: value})
+    return RunConfig(**groups)
+
+
+WINDOW: dict[str, Any] = {"weighting": "dense", "short_window": 64}
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"tensor_model_parallel_size": 0}, "--tensor-model-parallel-size: expected 1 or more, got 0"),
+    ({"pipeline_model_parallel_size": -1}, "--pipeline-model-parallel-size: expected 1 or more"),
+    ({"context_parallel_size": 0}, "--context-parallel-size: expected 1 or more"),
+    ({"distributed_timeout_minutes": 0}, "--distributed-timeout-minutes: expected 1 or more"),
+    ({"num_layers_per_virtual_pipeline_stage": 1}, "--pipeline-model-parallel-size above 1"),
+    ({"overlap_param_gather": True}, "--overlap-param-gather: expected --overlap-grad-reduce"),
+    (
+        {"context_parallel_size": 4, "cp_comm_type": "a2a+p2p"},
+        "--hierarchical-context-parallel-sizes: expected two sizes whose product is --context-parallel-size 4",
+    ),
+    (
+        {"context_parallel_size": 4, "cp_comm_type": "a2a+p2p", "hierarchical_context_parallel_sizes": (2, 3)},
+        "got (2, 3)",
+    ),
+    ({"hierarchical_context_parallel_sizes": (1, 1)}, "expected --cp-comm-type a2a+p2p, got p2p"),
+    ({"cp_comm_type": "a2a", "transformer_impl": "local"}, "--cp-comm-type: a2a is Transformer Engine's"),
+    ({"seq_length": 1}, "--seq-length: expected 2 or more, got 1"),
+    ({"seq_length": 250, "context_parallel_size": 4}, "--seq-length: expected a multiple of 8"),
+    ({"seq_length": 255, "tensor_model_parallel_size": 2}, "--seq-length: expected a multiple of 2"),
+    (
+        {"seq_length": 264, "tensor_model_parallel_size": 8, "context_parallel_size": 2},
+        "--seq-length: expected a multiple of 16 for --context-parallel-size 2",
+    ),
+    ({"weighting": "dense"}, "--short-window: --weighting dense needs"),
+    ({"weighting": "custom"}, "--short-window: --weighting custom needs"),
+    ({"short_stride": 3}, "--short-stride: expected --short-window"),
+    (WINDOW | {"short_window": 1}, "--short-window: expected 2 or more"),
+    (WINDOW | {"short_window": 257}, "--short-window: expected at most --seq-length 256, got 257"),
+    (WINDOW | {"short_stride": 65}, "--short-stride: expected at most --short-window 64, got 65"),
+    (WINDOW | {"short_stride": 0}, "--short-stride: expected 1 or more, got 0"),
+    (WINDOW | {"short_stride": 49}, "--short-stride: expected at most 48, got 49, which leaves"),
+    (WINDOW | {"short_stride": 48, "min_short_context": 17}, "--short-stride: expected at most 47, got 48"),
+    (WINDOW | {"min_short_context": 0}, "--min-short-context: expected 1 or more"),
+    (WINDOW | {"scoring_micro_batch": 0}, "--scoring-micro-batch: expected 1 or more"),
+    (
+        WINDOW | {"short_window": 63, "tensor_model_parallel_size": 2},
+        "--short-window: expected a multiple of --tensor-model-parallel-size 2",
+    ),
+    ({"truncation": 0.0}, "--truncation: expected more than 0, got 0"),
+    ({"shift": -1.0}, "--shift: expected more than 0"),
+    ({"interpolation": 1.5}, "--interpolation: expected 0.0 to 1.0, got 1.5"),
+    ({"sparsification": 0.0}, "--sparsification: expected more than 0"),
+    ({"sparsification": 1.1}, "--sparsification: expected 0.0 to 1.0"),
+    ({"recompute_granularity": "full"}, "--recompute-method: --recompute-granularity full needs it"),
+    (
+        {"recompute_granularity": "full", "recompute_method": "uniform"},
+        "--recompute-num-layers: --recompute-granularity full needs it",
+    ),
+    (
+        {"recompute_granularity": "selective", "recompute_num_layers": 1},
+        "--recompute-num-layers: expected --recompute-granularity full, got selective",
+    ),
+    ({"recompute_method": "block"}, "--recompute-method: expected --recompute-granularity full, got None"),
+    ({"recompute_num_layers": 0}, "--recompute-num-layers: expected 1 or more"),
+    ({"lr": 0.0}, "--lr: expected more than 0"),
+    ({"lr": math.inf}, "--lr: expected more than 0, got inf"),
+    ({"min_lr": 1.0}, "--min-lr: expected 0.0 to 2e-05, got 1"),
+    ({"weight_decay": -1.0}, "--weight-decay: expected 0 or more"),
+    ({"clip_grad": -1.0}, "--clip-grad: expected 0 or more"),
+    ({"adam_beta1": 1.0}, "--adam-beta1: expected at least 0 and less than 1, got 1"),
+    ({"adam_beta2": -0.1}, "--adam-beta2: expected at least 0 and less than 1"),
+    ({"adam_eps": 0.0}, "--adam-eps: expected more than 0"),
+    ({"lr_warmup_iters": -1}, "--lr-warmup-iters: expected 0 or more"),
+    ({"lr_decay_iters": 0}, "--lr-decay-iters: expected 1 or more"),
+    ({"lr_warmup_iters": 5, "lr_decay_iters": 5}, "--lr-warmup-iters: expected less than --lr-decay-iters 5"),
+    ({"load_hf": None}, "--load-hf or --load: expected a model to start from, got neither"),
+    ({"save_interval": 5}, "--save-interval 5: expected --save"),
+    ({"save": "s", "save_interval": 0}, "--save-interval: expected 1 or more"),
+    ({"exit_interval": 5}, "--exit-interval 5: expected --save"),
+    ({"save": "s", "exit_interval": 0}, "--exit-interval: expected 1 or more"),
+    ({"save_hf": "./model"}, "--save-hf: expected another folder than --load-hf"),
+    ({"save": "out", "save_hf": "out"}, "--save-hf: expected another folder than --save"),
+    ({"load": "out", "save_hf": "out"}, "--save-hf: expected another folder than --load"),
+    ({"train_iters": 0}, "--train-iters: expected 1 or more"),
+    ({"micro_batch_size": 0}, "--micro-batch-size: expected 1 or more"),
+    ({"global_batch_size": 0}, "--global-batch-size: expected 1 or more"),
+    ({"seed": -1}, "--seed: expected 0 or more"),
+    ({"bos_id": -1}, "--bos-id: expected 0 or more"),
+    ({"make_vocab_size_divisible_by": 0}, "--make-vocab-size-divisible-by: expected 1 or more"),
+    ({"loss_chunk_tokens": 0}, "--loss-chunk-tokens: expected 1 or more"),
+    ({"log_interval": 0}, "--log-interval: expected 1 or more"),
+    ({"rotary_base": 0.0}, "--rotary-base: expected more than 0"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD, ids=[str(options) for options, _ in BAD])
+def test_each_check_names_the_option(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        check_config(with_options(**options))
+    assert message in str(caught.value)
+
+
+BAD_FOR_RANKS: list[tuple[dict[str, Any], int, str]] = [
+    ({"tensor_model_parallel_size": 2, "context_parallel_size": 2}, 6, "a multiple of 4, got 6"),
+    ({"pipeline_model_parallel_size": 2}, 1, "a multiple of 2, got 1"),
+    ({"global_batch_size": 3}, 2, "--global-batch-size: expected a multiple of --micro-batch-size 1 x data-"),
+    (
+        {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1, "global_batch_size": 3},
+        2,
+        "takes micro-batches in multiples of --pipeline-model-parallel-size 2, got 3",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"seq_length": 255},
+        {"seq_length": 248, "context_parallel_size": 4},
+        {"seq_length": 249, "tensor_model_parallel_size": 2, "sequence_parallel": False},
+        {"sequence_parallel": True, "seq_length": 255},  # means nothing with TP 1
+        WINDOW,
+        WINDOW | {"short_stride": 48},
+        WINDOW | {"short_window": 256},
+        {"recompute_granularity": "selective"},
+        {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
+        {"lr_warmup_iters": 20},  # a short run of a recipe with a longer warm-up
+        {"save": "out", "load": "out", "save_interval": 5, "exit_interval": 2, "save_hf": "hf"},
+        {"context_parallel_size": 4, "cp_comm_type": "a2a+p2p", "hierarchical_context_parallel_sizes": (2, 2)},
+    ],
+)
+def test_good_combinations_pass(options: dict[str, Any]) -> None:
+    check_config(with_options(**options))
+
+
+MODEL = {"num_layers": 8, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 64}
+BAD_FOR_MODEL: list[tuple[dict[str, Any], dict[str, int], str]] = [
+    (
+        {"tensor_model_parallel_size": 8},
+        {},
+        "--tensor-model-parallel-size: expected a divisor of the model's 4 atten",
+    ),
+    ({"tensor_model_parallel_size": 4}, {}, "divisor of the model's 2 key-value heads, got 4"),
+    ({"tensor_model_parallel_size": 2}, {"ffn_hidden_size": 65}, "divisor of the model's 65 MLP columns, got 2"),
+    (
+        {"pipeline_model_parallel_size": 3},
+        {},
+        "--pipeline-model-parallel-size: expected a divisor of the model's 8",
+    ),
+    (
+        {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 3},
+        {},
+        "--num-layers-per-virtual-pipeline-stage: expected a divisor of the 4 layers of a pipeline stage, got 3",
+    ),
+    ({"context_parallel_size": 4, "cp_comm_type": "a2a"}, {}, "--cp-comm-type a2a: shares the 2 key-value heads"),
+    (
+        {
+            "tensor_model_parallel_size": 2,
+            "context_parallel_size": 4,
+            "cp_comm_type": "a2a+p2p",
+            "hierarchical_context_parallel_sizes": (2, 2),
+        },
+        {},
+        "--cp-comm-type a2a+p2p: shares the 1 key-value heads of a TP rank among 2 ranks",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "world_size", "message"),
+    BAD_FOR_RANKS,
+)
+def test_checks_against_the_number_of_ranks(options: dict[str, Any], world_size: int, message: str) -> None:
+    config = with_options(**options)
+    check_config(config)
+    with pytest.raises(ValueError) as caught:
+        check_config(config, world_size)
+    assert message in str(caught.value)
+
+
+def test_sizes_that_follow() -> None:
+    config = with_options(tensor_model_parallel_size=2, global_batch_size=24, micro_batch_size=2)
+    check_config(config, 8)
+    assert data_parallel_size(config.parallel, 8) == 4
+    assert num_microbatches(config.train, config.parallel, 8) == 3
+    assert num_microbatches(replace(config.train, global_batch_size=None), config.parallel, 8) == 1
+    assert config.parallel.uses_sequence_parallel
+    assert not ParallelConfig(sequence_parallel=True).uses_sequence_parallel
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "message"),
+    BAD_FOR_MODEL,
+)
+def test_checks_against_the_model(options: dict[str, Any], shape: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        check_model_shape(ParallelConfig(**options), **MODEL | shape)
+    assert message in str(caught.value)
+
+
+def test_models_that_can_be_cut() -> None:
+    check_model_shape(ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=4), **MODEL)
+    check_model_shape(ParallelConfig(context_parallel_size=2, cp_comm_type="a2a"), **MODEL)
+    check_model_shape(ParallelConfig(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=2), **MODEL)
+
+
+def test_every_check_is_tested() -> None:
+    """The cases above fail at every statement of checks.py that can raise."""
+    helpers = ("_require", "_at_least", "_above", "_within")
+    public = [node for node in ast.parse(inspect.getsource(checks)).body if isinstance(node, ast.FunctionDef)]
+    calls = {
+        (node.lineno, node.end_lineno or node.lineno)
+        for function in public
+        if function.name not in helpers
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in helpers
+    }
+    cases = [partial(check_config, with_options(**options)) for options, _ in BAD]
+    cases += [partial(check_config, with_options(**options), ranks) for options, ranks, _ in BAD_FOR_RANKS]
+    cases += [partial(check_model_shape, ParallelConfig(**o), **MODEL | shape) for o, shape, _ in BAD_FOR_MODEL]
+    failed_at = set()
+    for case in cases:
+        with pytest.raises(ValueError) as caught:
+            case()
+        frames = [frame for frame in traceback.extract_tb(caught.tb) if frame.filename == checks.__file__]
+        failed_at.add([frame.lineno or 0 for frame in frames if frame.name not in helpers][-1])
+    untested = [first for first, last in calls if not any(first <= line <= last for line in failed_at)]
+    assert not untested, f"lines of checks.py without a case: {untested}"
+
+
+def test_published_strides() -> None:
+    assert ScorerConfig(short_window=8192).stride(32768) == 6144  # (1 - 8192/32768) * 8192
+    assert ScorerConfig(short_window=8192).stride(131072) == 6144  # published: 7680, which leaves 512 tokens of context
+    assert ScorerConfig(short_window=8192, min_short_context=512).stride(131072) == 7680
+    assert ScorerConfig(short_window=2048, min_short_context=128).stride(32768) == 1920  # Phi-2
+    assert ScorerConfig(short_window=64).stride(256) == 48
+    with pytest.raises(ValueError, match="--short-stride: expected at most 1536, got 1920"):
+        check_windows(ScorerConfig(short_window=2048, short_stride=1920), 32768)
+
+
+def test_decay_ends_after_the_warm_up() -> None:
+    assert OptimizationConfig(lr_warmup_iters=20).decay_iters(240) == 240
+    assert OptimizationConfig(lr_warmup_iters=20).decay_iters(3) == 21
+    assert OptimizationConfig(lr_warmup_iters=2, lr_decay_iters=100).decay_iters(3) == 100
+
+
+def test_vocabulary_is_padded_as_megatron_pads_it() -> None:
+    assert padded_vocab_size(320, 128, 1) == 384
+    assert padded_vocab_size(128256, 128, 8) == 129024
+    assert padded_vocab_size(512, 128, 4) == 512
+
+
+def test_one_chunk_is_no_interleaving() -> None:
+    parallel = ParallelConfig(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=2)
+    assert virtual_pipeline_size(parallel, 8) == 2
+    assert virtual_pipeline_size(parallel, 4) is None
+    assert virtual_pipeline_size(ParallelConfig(), 4) is None
