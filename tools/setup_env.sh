@@ -1,0 +1,59 @@
+# Sourced, not run: `source tools/setup_env.sh`. Afterwards `python` has the package and its pinned dependencies.
+#
+# In an active virtual environment it installs there. Where the package is installed already without one (the
+# Docker image), it uses that. Otherwise it creates .venv beside pyproject.toml. A stamp makes the next time fast:
+# nothing is installed until pyproject.toml or constraints.txt change. PYTHON=... names the interpreter for .venv.
+
+_tw_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+_tw_is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+_tw_is_installed() { python -c 'import importlib.metadata as m; m.version("megatron-tw")' 2>/dev/null; }
+
+_tw_find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+        if _tw_is_new_enough "$candidate"; then echo "$candidate"; return 0; fi
+    done
+    echo "error: Python 3.11 or newer is needed, found ${PYTHON:-python3}: $("${PYTHON:-python3}" --version 2>&1);" \
+        "install one, or name it: PYTHON=/path/to/python3.11" >&2
+    return 1
+}
+
+# Without a GPU, take PyTorch's CPU build: the one on PyPI for Linux brings gigabytes of CUDA libraries. Where
+# that index cannot be reached, the ordinary installation that follows takes PyPI's.
+_tw_install_cpu_torch() {
+    [ "$(uname -s)-$(uname -m)" = "Linux-x86_64" ] || return 0
+    command -v nvidia-smi >/dev/null && return 0
+    python -c 'import torch' 2>/dev/null && return 0
+    python -m pip install --quiet --no-deps --retries 0 --timeout 10 --index-url https://download.pytorch.org/whl/cpu \
+        "$(grep '^torch==' "$_tw_root/constraints.txt")" 2>/dev/null || true
+}
+
+_tw_setup() {
+    if [ -z "${VIRTUAL_ENV:-}" ]; then
+        if [ ! -d "$_tw_root/.venv" ] && _tw_is_installed; then return 0; fi
+        if [ ! -x "$_tw_root/.venv/bin/python" ]; then
+            local base
+            base="$(_tw_find_python)" || return 1
+            echo "Creating $_tw_root/.venv with $("$base" --version)"
+            "$base" -m venv "$_tw_root/.venv" || return 1
+        fi
+        source "$_tw_root/.venv/bin/activate"
+    fi
+    if ! _tw_is_new_enough python; then
+        echo "error: Python 3.11 or newer is needed, $VIRTUAL_ENV has $(python --version 2>&1)" >&2
+        return 1
+    fi
+    local stamp="$VIRTUAL_ENV/.megatron_tw" state
+    state="$_tw_root $(cat "$_tw_root/pyproject.toml" "$_tw_root/constraints.txt" | cksum)"
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$state" ]; then
+        echo "Installing into $VIRTUAL_ENV (once; a few minutes)"
+        _tw_install_cpu_torch
+        python -m pip install --quiet --disable-pip-version-check \
+            -c "$_tw_root/constraints.txt" -e "$_tw_root[dev]" || return 1
+        echo "$state" > "$stamp"
+    fi
+}
+
+_tw_setup

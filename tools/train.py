@@ -1,0 +1,24 @@
+"""Train a model on longer rows, with weighted or plain cross-entropy; alone or under torchrun.
+
+torchrun --nproc-per-node 4 tools/train.py --config options.yaml --load-hf DIR --data-path DIR --save DIR
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron_tw.config import check_config, load_config, user_errors
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, check, train. A user's mistake is one line on stderr and exit status 2."""
+    config = load_config(argv, prog="tools/train.py", description="Extend a model's context window.")
+    with user_errors():
+        check_config(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))  # from the launcher
+        from megatron_tw.training.loop import train  # after the checks: it imports torch and Megatron-Core
+
+        train(config)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
