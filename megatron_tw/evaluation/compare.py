@@ -1,0 +1,201 @@
+"""Models side by side, on the same targets.
+
+The measures of a model are means over the same sets of targets; the difference to a reference model comes with a
+standard error, so that noise is not taken for progress.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_tw.evaluation.key_tokens import KeyTokens, long_ppl
+from megatron_tw.evaluation.position import PositionBucket, beyond, mean_nll, nll_by_position, position_edges
+from megatron_tw.evaluation.result import EvaluationResult
+
+CLEAR = 2.0
+"""Standard errors from which on a difference is called one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Mean NLL of a model minus that of the reference on the same targets; below 0, the model is better."""
+
+    mean: float
+    standard_error: float | None
+    """None: a single row holds all the targets."""
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether it is more than CLEAR standard errors away from 0."""
+        return self.standard_error is not None and abs(self.mean) > CLEAR * self.standard_error
+
+    def __str__(self) -> str:
+        error = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"
+        return f"{self.mean:+.4f}{error}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """Mean NLL over one set of targets."""
+
+    nll: float | None
+    """None: the set is empty."""
+    difference: Difference | None
+    """To the reference; None: this is the reference, or the set is empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRow:
+    """One model of a comparison."""
+
+    name: str
+    all: Measure
+    within: Measure
+    """Targets with less than the old context before them."""
+    beyond: Measure
+    """Targets with at least the old context before them."""
+    key: Measure
+    long_ppl: float | None
+    buckets: tuple[PositionBucket, ...]
+    bucket_differences: tuple[Difference | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Several models on the same rows."""
+
+    models: tuple[ModelRow, ...]
+    reference: str
+    old_context: int
+    key: KeyTokens
+    rows: int
+    targets: int
+    seq_length: int
+
+    def model(self, name: str) -> ModelRow:
+        """The row of a model."""
+        return next(row for row in self.models if row.name == name)
+
+
+def compare(
+    results: Mapping[str, EvaluationResult],
+    key: KeyTokens,
+    *,
+    old_context: int | None = None,
+    reference: str | None = None,
+) -> Comparison:
+    """Compare models on the same targets.
+
+    Args:
+        results: the evaluations by the models' names, in the order of the table.
+        key: one fixed set for all of them.
+        old_context: n, tokens of the rows that the base model was trained on (None: the key tokens' short window).
+        reference: the model that the others are compared to (None: "uniform" if there is one, else the first).
+
+    Raises:
+        ValueError: evaluations of different rows, lengths, tokenizers or masks; no such reference.
+    """
+    if not results:
+        raise ValueError("--evaluations: expected at least one NAME=DIR")
+    if reference is None:
+        reference = "uniform" if "uniform" in results else next(iter(results))
+    if reference not in results:
+        raise ValueError(f"--reference {reference}: expected one of {', '.join(results)}")
+    for name, result in results.items():
+        _check_same_targets(name, result, key.name, key.source)
+    if old_context is None:
+        assert key.source.header.short_window is not None  # it made the short NLL
+        old_context = key.source.header.short_window
+    seq_length = key.source.header.seq_length
+    if not 1 < old_context < seq_length:
+        raise ValueError(f"--old-context: expected 2 to {seq_length - 1} (below the rows' length), got {old_context}")
+    models = tuple(
+        _measure(name, result, None if name == reference else results[reference], key.mask, old_context)
+        for name, result in results.items()
+    )
+    return Comparison(
+        models=models,
+        reference=reference,
+        old_context=old_context,
+        key=key,
+        rows=len(key.source.row_index),
+        targets=int(key.source.valid.sum()),
+        seq_length=seq_length,
+    )
+
+
+def paired_difference(
+    nll_RT: npt.NDArray[np.floating], reference_nll_RT: npt.NDArray[np.floating], mask_RT: npt.NDArray[np.bool_]
+) -> Difference | None:
+    """Mean of nll - reference over the targets of the mask, with its standard error over rows; None: an empty mask.
+
+    Targets of one row are not independent, so rows are the sampling units. With d_r the sum of differences in row r,
+    m_r its targets and D = sum d_r / sum m_r, the standard error of that ratio is
+    sqrt(R' / (R' - 1) * sum (d_r - D m_r)^2) / sum m_r over the R' rows with a target (Cochran, Sampling Techniques,
+    section 6.4). Rows cut from one document resemble each other, so the true error is somewhat larger.
+    """
+    per_row_R = (nll_RT.astype(np.float64) - reference_nll_RT).sum(axis=1, where=mask_RT)
+    targets_R = mask_RT.sum(axis=1)
+    targets, rows = int(targets_R.sum()), int((targets_R > 0).sum())
+    if not targets:
+        return None
+    mean = float(per_row_R.sum()) / targets
+    if rows == 1:
+        return Difference(mean=mean, standard_error=None)
+    residual = float(((per_row_R - mean * targets_R) ** 2).sum())
+    return Difference(mean=mean, standard_error=math.sqrt(rows / (rows - 1) * residual) / targets)
+
+
+def _measure(
+    name: str,
+    result: EvaluationResult,
+    reference: EvaluationResult | None,
+    key_RT: npt.NDArray[np.bool_],
+    old_context: int,
+) -> ModelRow:
+    def difference(mask_RT: npt.NDArray[np.bool_]) -> Difference | None:
+        if reference is None:
+            return None
+        return paired_difference(result.long_nll, reference.long_nll, mask_RT)
+
+    def measure(mask_RT: npt.NDArray[np.bool_]) -> Measure:
+        return Measure(nll=mean_nll(result.long_nll, mask_RT), difference=difference(mask_RT))
+
+    beyond_RT = beyond(result.valid, old_context)
+    edges = position_edges(result.header.seq_length, old_context=old_context)
+    buckets = nll_by_position(result.long_nll, result.valid, edges)
+    masks = (beyond(result.valid, bucket.first) & ~beyond(result.valid, bucket.last + 1) for bucket in buckets)
+    return ModelRow(
+        name=name,
+        all=measure(result.valid),
+        within=measure(result.valid & ~beyond_RT),
+        beyond=measure(beyond_RT),
+        key=measure(key_RT),
+        long_ppl=long_ppl(result.long_nll, key_RT),
+        buckets=buckets,
+        bucket_differences=tuple(difference(mask_RT) for mask_RT in masks),
+    )
+
+
+def _check_same_targets(name: str, result: EvaluationResult, key_name: str, key_source: EvaluationResult) -> None:
+    """Raises ValueError, saying what differs, unless both are of the same targets."""
+    ours, theirs = result.header, key_source.header
+    for what, ours_value, theirs_value in (
+        ("--seq-length", ours.seq_length, theirs.seq_length),
+        ("tokenizer fingerprint", ours.tokenizer_fingerprint, theirs.tokenizer_fingerprint),
+        ("data fingerprint", ours.data_fingerprint, theirs.data_fingerprint),
+        ("number of rows", len(result.row_index), len(key_source.row_index)),
+    ):
+        if ours_value != theirs_value:
+            raise ValueError(
+                f"{name} and {key_name} were not evaluated on the same targets: {what} {ours_value} and {theirs_value}"
+            )
+    for what, same in (
+        ("the rows chosen", np.array_equal(result.row_index, key_source.row_index)),
+        ("the masks of valid targets", np.array_equal(result.valid, key_source.valid)),
+    ):
+        if not same:
+            raise ValueError(f"{name} and {key_name} were not evaluated on the same targets: {what} differ")

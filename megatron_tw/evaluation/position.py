@@ -1,0 +1,75 @@
+"""NLL by the position of the target, which is the number of tokens before it.
+
+A model trained on rows of n tokens has seen targets at positions 1 .. n - 1: those lie within its old context, position
+n and later beyond it. Sums are fp64, over all targets of all rows, and are divided once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+SMALLEST_EDGE = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionBucket:
+    """The targets at positions `first` .. `last`, inclusive."""
+
+    first: int
+    last: int
+    targets: int
+    nll: float | None
+    """Mean over the targets; None: there are none."""
+
+
+def mean_nll(nll_RT: npt.NDArray[np.floating], mask_RT: npt.NDArray[np.bool_]) -> float | None:
+    """Mean NLL of the targets in the mask, None if there are none."""
+    targets = int(mask_RT.sum())
+    return float(nll_RT.sum(where=mask_RT, dtype=np.float64)) / targets if targets else None
+
+
+def position_edges(
+    seq_length: int, *, old_context: int | None = None, smallest: int = SMALLEST_EDGE
+) -> tuple[int, ...]:
+    """Edges of the buckets: 1, the powers of two from `smallest` on, the old context n, and N.
+
+    Bucket i holds the positions edges[i] .. edges[i + 1] - 1.
+
+    >>> position_edges(256, old_context=96)
+    (1, 32, 64, 96, 128, 256)
+    """
+    assert seq_length > 1
+    edges = {1, seq_length}
+    power = 1
+    while power < seq_length:
+        if power >= smallest:
+            edges.add(power)
+        power *= 2
+    if old_context is not None and 1 < old_context < seq_length:
+        edges.add(old_context)
+    return tuple(sorted(edges))
+
+
+def nll_by_position(
+    nll_RT: npt.NDArray[np.floating], mask_RT: npt.NDArray[np.bool_], edges: Sequence[int]
+) -> tuple[PositionBucket, ...]:
+    """The mean NLL of each bucket (see `position_edges`)."""
+    assert edges[0] >= 1
+    assert edges[-1] <= nll_RT.shape[1] + 1
+    assert all(low < high for low, high in pairwise(edges))
+    buckets = []
+    for low, high in pairwise(edges):
+        columns = slice(low - 1, high - 1)  # column j is position j + 1
+        mask = mask_RT[:, columns]
+        nll = mean_nll(nll_RT[:, columns], mask)
+        buckets.append(PositionBucket(first=low, last=high - 1, targets=int(mask.sum()), nll=nll))
+    return tuple(buckets)
+
+
+def beyond(mask_RT: npt.NDArray[np.bool_], old_context: int) -> npt.NDArray[np.bool_]:
+    """The targets of the mask at position `old_context` or later."""
+    position_T = np.arange(1, mask_RT.shape[1] + 1)
+    return mask_RT & (position_T >= old_context)

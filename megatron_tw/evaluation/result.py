@@ -1,0 +1,182 @@
+"""The NLLs of one model on the held-out rows, on disk.
+
+    DIR/evaluation.json   versioned header: what was evaluated, and the figures most people want
+    DIR/nll.npz           row_index [R] int64, long_nll [R, T] fp32, valid [R, T] bool, and short_nll [R, T] fp32
+
+Every other figure (key tokens, LongPPL, comparisons) is made from these, so that models can be compared later, on any
+fixed set of targets.
+"""
+
+import dataclasses
+import json
+import math
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_tw.data.rows import new_folder
+from megatron_tw.evaluation.position import mean_nll, nll_by_position, position_edges
+
+FORMAT = "megatron_tw evaluation"
+FORMAT_VERSION = 1
+HEADER_FILE = "evaluation.json"
+NLL_FILE = "nll.npz"
+ARRAYS = {
+    "row_index": ("R", np.int64),
+    "long_nll": ("RT", np.float32),
+    "short_nll": ("RT", np.float32),  # optional
+    "valid": ("RT", np.bool_),
+}
+"""Of nll.npz, and the attributes of EvaluationResult: axes and dtype."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationHeader:
+    """What was evaluated, and how."""
+
+    model: str
+    """The checkpoint or Hugging Face folder, as it was named."""
+    layout: str
+    """Parallel layout, for people: "TP 2 x CP 2"."""
+    seq_length: int
+    """N, tokens of a row."""
+    short_window: int | None
+    """n, tokens that the short NLL sees at most; None: only the long NLL was made."""
+    short_stride: int | None
+    """s: beyond n, the short NLL sees n - s to n - 1 tokens."""
+    rotary_base: float
+    data_fingerprint: str
+    """RowsHeader.fingerprint of the dataset."""
+    tokenizer_fingerprint: str | None
+    """None: the rows were made from ready ids."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EvaluationResult:
+    """Natural-log NLLs of R rows with T targets each."""
+
+    header: EvaluationHeader
+    row_index: npt.NDArray[np.int64]
+    """[R]: which rows of the dataset."""
+    long_nll: npt.NDArray[np.float32]
+    """[R, T]: with the whole row before the target as context."""
+    short_nll: npt.NDArray[np.float32] | None
+    """[R, T]: by the same model, with `short_window` tokens at most; equal to the long NLL within the first window."""
+    valid: npt.NDArray[np.bool_]
+    """[R, T]: targets that count. NLLs elsewhere mean nothing."""
+
+    def __post_init__(self) -> None:
+        problem = _problem(self.header, self._arrays())
+        assert problem is None, problem
+
+    def _arrays(self) -> dict[str, npt.NDArray[Any] | None]:
+        return {name: getattr(self, name) for name in ARRAYS}
+
+    def save(self, folder: str | Path) -> None:
+        """Write the result into a new or empty folder, which appears complete or not at all.
+
+        Raises:
+            ValueError: the folder holds something already, or an NLL of a valid target is NaN or infinite.
+        """
+        for name, nll_RT in (("long NLL", self.long_nll), ("short NLL", self.short_nll)):
+            if nll_RT is not None and not np.isfinite(nll_RT[self.valid]).all():
+                row, target = np.argwhere(~np.isfinite(nll_RT) & self.valid)[0]
+                raise ValueError(
+                    f"{self.header.model}: {name} of row {self.row_index[row]}, position {target + 1} is "
+                    f"{nll_RT[row, target]}; nothing was written"
+                )
+        arrays = {name: array for name, array in self._arrays().items() if array is not None}
+        with new_folder(Path(folder)) as temporary:
+            np.savez_compressed(temporary / NLL_FILE, allow_pickle=False, **arrays)
+            (temporary / HEADER_FILE).write_text(json.dumps(self.summary(), indent=2) + "\n", encoding="utf-8")
+
+    def summary(self) -> dict[str, object]:
+        """The content of evaluation.json."""
+        mean = mean_nll(self.long_nll, self.valid)
+        edges = position_edges(self.header.seq_length, old_context=self.header.short_window)
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            **dataclasses.asdict(self.header),
+            "rows": len(self.row_index),
+            "targets": int(self.valid.sum()),
+            "mean_nll": mean,
+            "perplexity": None if mean is None else math.exp(mean),
+            "nll_by_position": [
+                dataclasses.asdict(bucket) for bucket in nll_by_position(self.long_nll, self.valid, edges)
+            ],
+        }
+
+    @staticmethod
+    def load(folder: str | Path) -> "EvaluationResult":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: no evaluation there, one of another format version, or files that are truncated or do not
+                belong together.
+        """
+        folder = Path(folder)
+        header = _read_header(folder / HEADER_FILE)
+        file = folder / NLL_FILE
+        if not file.is_file():
+            raise ValueError(f"{file} is missing: the evaluation is incomplete")
+        try:
+            with np.load(file, allow_pickle=False) as stored:
+                arrays = {name: stored[name] for name in stored.files}
+        except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{file} is truncated or no numpy file: {error}") from error
+        problem = _problem(header, arrays)
+        if problem is not None:
+            raise ValueError(f"{file} does not fit {HEADER_FILE}: {problem}")
+        return EvaluationResult(
+            header=header,
+            row_index=arrays["row_index"],
+            long_nll=arrays["long_nll"],
+            short_nll=arrays.get("short_nll"),
+            valid=arrays["valid"],
+        )
+
+
+def _read_header(file: Path) -> EvaluationHeader:
+    if not file.is_file():
+        raise ValueError(f"{file} is missing: expected a folder that tools/evaluate.py wrote")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is truncated or no JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f'{file}: not a header of "{FORMAT}"')
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{file}: format version {version}, but this program reads version {FORMAT_VERSION}; "
+            "evaluate again with tools/evaluate.py"
+        )
+    missing = [field.name for field in dataclasses.fields(EvaluationHeader) if field.name not in content]
+    if missing:
+        raise ValueError(f"{file}: fields are missing: {', '.join(missing)}")
+    return EvaluationHeader(**{field.name: content[field.name] for field in dataclasses.fields(EvaluationHeader)})
+
+
+def _problem(header: EvaluationHeader, arrays: Mapping[str, npt.NDArray[Any] | None]) -> str | None:
+    """What is wrong with the arrays' shapes and dtypes, if anything."""
+    row_index = arrays.get("row_index")
+    if row_index is None:
+        return "row_index is missing"
+    shapes = {"R": (len(row_index),), "RT": (len(row_index), header.seq_length - 1)}
+    for name, (axes, dtype) in ARRAYS.items():
+        array = arrays.get(name)
+        if name == "short_nll" and (array is None) != (header.short_window is None):
+            return f"short_nll is {'missing' if array is None else 'there'}, short_window is {header.short_window}"
+        if array is None:
+            if name != "short_nll":
+                return f"{name} is missing"
+        elif array.shape != shapes[axes] or array.dtype != dtype:
+            return f"{name}: expected {dtype.__name__} {list(shapes[axes])}, got {array.dtype} {list(array.shape)}"
+    return None
