@@ -54,19 +54,26 @@ def _broken_rules(parts: tuple[str, ...], tree: ast.Module) -> Iterator[tuple[in
         return
     floor = FLOORS[own] if own is not None else -1
     for node in ast.walk(tree):
-        for name in _imported(node, parts):
-            if name == "megatron" or name.startswith("megatron."):
-                if floor < FLOORS["parallel"] and not (own == "data" and name.startswith(INDEXED_DATASET)):
-                    yield node.lineno, f"{own} imports {name}: nothing below parallel knows Megatron"
-            elif name.startswith(PACKAGE + "."):
-                other = name.split(".")[1]
-                if other != own and not other.startswith("__") and FLOORS.get(other, len(FLOORS)) >= floor:
-                    yield node.lineno, f"{own or PACKAGE} imports {name}: not a lower floor"
-        if isinstance(node, ast.Attribute) and node.attr == "argv":
-            yield node.lineno, "reads sys.argv"
         match node:
+            case ast.Import() | ast.ImportFrom():
+                for name in _imported(node, parts):
+                    if complaint := _off_limits(name, own, floor):
+                        yield node.lineno, f"{own or PACKAGE} imports {name}: {complaint}"
+            case ast.Attribute(attr="argv"):
+                yield node.lineno, "reads sys.argv"
             case ast.Call(func=ast.Attribute(attr="parse_args"), args=[], keywords=[]):
                 yield node.lineno, "parse_args() without arguments reads sys.argv"
+
+
+def _off_limits(name: str, own: str | None, floor: int) -> str | None:
+    """Why a file of folder `own` may not import `name`; None if it may."""
+    top, _, rest = name.partition(".")
+    if top == "megatron" and floor < FLOORS["parallel"] and not (own == "data" and name.startswith(INDEXED_DATASET)):
+        return "nothing below parallel knows Megatron"
+    other = rest.split(".")[0]
+    if top == PACKAGE and other and other != own and not other.startswith("__"):
+        return None if FLOORS.get(other, len(FLOORS)) < floor else "not a lower floor"
+    return None
 
 
 def _at_import_time(node: ast.AST) -> Iterator[ast.stmt]:
