@@ -1,4 +1,4 @@
-"""Fixtures for all tests. The tests folder is no package: test modules import each other's helpers by plain name (`import ranks`)."""
+"""Fixtures for all tests. The tests folder is no package: its modules import each other by plain name."""
 
 import os
 

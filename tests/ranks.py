@@ -10,8 +10,8 @@ Use the `ranks` fixture (conftest.py):
     def test_sum(ranks):
         assert ranks(2).run(sum_of_ranks, 10) == [21.0, 21.0]
 
-A rank lives across `run` calls and keeps its default process group, so whatever a test builds on it (Megatron's groups, patches),
-that test takes down.
+A rank lives across `run` calls and keeps its default process group, so whatever a test builds on it (Megatron's groups,
+patches), that test takes down.
 """
 
 import importlib
@@ -50,7 +50,7 @@ PRELOAD = [
 ]
 
 
-class RankTraceback(Exception):
+class RankTracebackError(Exception):
     """The traceback of an exception on a rank, shown in the parent as the cause of the same exception."""
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class RankTraceback(Exception):
 
 
 class RankPool:
-    """`world_size` processes with a gloo default process group (rendezvous by file) that call functions of test modules."""
+    """`world_size` processes with a gloo default process group (rendezvous by file) that call functions of tests."""
 
     def __init__(self, world_size: int, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         # The server inherits the environment now, and numpy's BLAS would start threads when the server imports it.
@@ -85,9 +85,9 @@ class RankPool:
     def run(self, fn: Callable, /, *args: Any, **kwargs: Any) -> list:
         """Calls `fn(*args, **kwargs)` on every rank and returns the results by rank.
 
-        `fn` is a top-level function of an importable module; arguments and results are pickled. An exception on a rank is
-        raised here, with the rank's traceback as its cause. The pool survives only if no rank or every rank raised: else the
-        ranks may disagree about which collective comes next.
+        `fn` is a top-level function of an importable module; arguments and results are pickled. An exception on a rank
+        is raised here, with the rank's traceback as its cause. The pool survives only if no rank or every rank raised:
+        else the ranks may disagree about which collective comes next.
 
         Raises:
             RuntimeError: a rank died, or did not answer in time; the pool is killed.
@@ -126,7 +126,7 @@ class RankPool:
         if errors:
             rank, (error, text) = next(iter(errors.items()))  # the first to fail; the others often fail because of it
             unheard = f"; no answer from ranks {silent + dead}" if silent + dead else ""
-            raise error from RankTraceback(f"on rank {rank} of {self.world_size}{unheard}\n{text}")
+            raise error from RankTracebackError(f"on rank {rank} of {self.world_size}{unheard}\n{text}")
         what = f"ranks {dead} died" if dead else f"no answer within {self._timeout_seconds:.0f} s"
         unheard = f"ranks that did not answer: {sorted(silent + dead)} of {self.world_size}"
         raise RuntimeError(f"{fn.__qualname__}: {what}; {unheard}")
@@ -173,10 +173,10 @@ def _answer(request: bytes) -> bytes:
         torch.manual_seed(0)  # a test must not depend on those that ran before it
         result = getattr(importlib.import_module(module), qualname)(*args, **kwargs)
         return pickle.dumps((None, result))
-    except Exception as error:  # noqa: BLE001  it travels to the parent and is raised there
+    except Exception as error:
         text = traceback.format_exc()
         try:
             pickle.loads(reply := pickle.dumps((error, text)))
-        except Exception:  # noqa: BLE001  an exception that cannot travel, by whatever error of its own
+        except Exception:
             reply = pickle.dumps((RuntimeError(f"{type(error).__name__}: {error}"), text))
         return reply

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankPool, RankTraceback
+from ranks import RankPool, RankTracebackError
 
 
 def describe_rank(value):
@@ -23,13 +23,13 @@ def raise_on(failing_ranks):
     dist.barrier()
 
 
-class Untransportable(Exception):
+class UntransportableError(Exception):
     def __init__(self, a, b):
         super().__init__("odd one")
 
 
 def raise_untransportable():
-    raise Untransportable(1, 2)
+    raise UntransportableError(1, 2)
 
 
 def die_on(rank):
@@ -53,10 +53,11 @@ def test_results_come_by_rank_from_real_ranks(ranks):
 
 def test_exception_on_every_rank_is_raised_and_the_pool_lives_on(ranks):
     pool = ranks(2)
-    with pytest.raises(ValueError, match="rank . is not happy") as caught:
+    with pytest.raises(ValueError, match=r"rank . is not happy") as caught:
         pool.run(raise_on, (0, 1))
-    assert isinstance(caught.value.__cause__, RankTraceback) and "in raise_on" in str(caught.value.__cause__)
-    with pytest.raises(RuntimeError, match="Untransportable: odd one"):
+    assert isinstance(caught.value.__cause__, RankTracebackError)
+    assert "in raise_on" in str(caught.value.__cause__)
+    with pytest.raises(RuntimeError, match="UntransportableError: odd one"):
         pool.run(raise_untransportable)
     pool.run(raise_on, ())
     assert ranks(2) is pool
@@ -66,7 +67,8 @@ def test_exception_on_one_rank_is_raised_and_a_new_pool_replaces_this_one(ranks)
     pool = ranks(2)
     with pytest.raises(ValueError, match="rank 1 is not happy"):
         pool.run(raise_on, (1,))
-    assert pool.closed and ranks(2) is not pool
+    assert pool.closed
+    assert ranks(2) is not pool
     ranks(2).run(raise_on, ())
 
 

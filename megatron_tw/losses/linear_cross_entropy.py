@@ -1,13 +1,14 @@
 """Per-token NLL from hidden states and the vocabulary shard, in chunks: the logits of all tokens never exist together.
 
-Forward: one GEMM for each chunk of tokens, of which the maximum, the sum of exponentials and the target logit are kept. They
-are reduced over the tensor-parallel group once, for all chunks together. Saved: hidden states, log-sum-exp, labels.
-Backward: logits are computed again, only for the rows whose incoming gradient is not zero. So weights that are known only
-after the NLL (which they are made from) decide what backward costs: 3 * kappa GEMMs for a share kappa of non-zero weights.
+Forward: one GEMM for each chunk of tokens. Of its logits the maximum, the sum of exponentials and the target logit are
+kept, and reduced over the tensor-parallel group once, for all chunks together. Saved: hidden states, log-sum-exp and
+labels.
+Backward: logits are computed again, only for the rows whose incoming gradient is not zero. So weights that are known
+only after the NLL (which they are made from) decide what backward costs: 3 * kappa GEMMs for a share kappa of rows.
 
 Shape suffixes: S tokens of the local sequence, B batch, H hidden size, V true vocabulary entries of this rank.
-Rows are dealt with per sequence-parallel shard: G shards (1 without sequence parallel) of L = S * B / G rows each; R rows
-of each shard are chosen for backward, C of each make a chunk; M = G * C rows of a chunk.
+Rows are dealt with per sequence-parallel shard: G shards (1 without sequence parallel) of L = S * B / G rows each; R
+rows of each shard are chosen for backward, C of each make a chunk; M = G * C rows of a chunk.
 """
 
 from dataclasses import dataclass
@@ -133,7 +134,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         lse_GL, target_GL = combine_shards(max_GL, sum_GL, target_GL, layout.tp_group)
         ctx.save_for_backward(hidden, weight, labels_GL, lse_GL)
         ctx.layout = layout  # type: ignore[attr-defined]
-        # The Parameter itself, for main_grad and Megatron's marks on it: unpacking a saved tensor may give another object.
+        # The Parameter itself, for main_grad and Megatron's marks on it: unpacking a saved tensor may give another
+        # object.
         ctx.parameter = weight  # type: ignore[attr-defined]
         return torch.where(labels_GL == layout.ignore_index, 0.0, lse_GL - target_GL).view_as(labels_SB)
 
@@ -203,7 +205,7 @@ def _choose_rows(grad_GL: Tensor, layout: _Layout) -> tuple[Tensor, Tensor]:
 
 
 class _WeightGrad:
-    """Gradient of the weight shard, summed in fp32 or better, straight into Megatron's `main_grad` where there is one."""
+    """Gradient of the weight shard, summed in fp32 or better; straight into Megatron's `main_grad` if there is one."""
 
     def __init__(self, weight: Tensor, size: int) -> None:
         self.weight, self.size = weight, size

@@ -1,4 +1,4 @@
-"""Token weighting: short windows, scores to weights, schedules. Pure math on whole rows, without process groups or Megatron."""
+"""Token weighting on whole rows: short windows, scores to weights. Pure math, without process groups or Megatron."""
 
 from megatron_tw.weighting.config import PRESETS, ExactConfig, Weighting, WeightingConfig
 from megatron_tw.weighting.weights import check_finite, token_weights, unfrozen_short_nll

@@ -1,4 +1,4 @@
-"""How scores become weights: the settings of each scheme, checked where they are made, and presets with the published names."""
+"""How scores become weights: the settings of a scheme, checked where they are made, and presets by published names."""
 
 import math
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ TRANSFORMS = ("minus", "absolute", "exp", "max", "shift S")
 
 @dataclass(frozen=True, kw_only=True)
 class WeightingConfig:
-    """A pipeline from the two NLLs of a target to its weight (arXiv 2503.09202), in the order of the fields; None skips a step."""
+    """From a target's two NLLs to its weight (arXiv 2503.09202): steps in the order of the fields; None skips one."""
 
     comparison: str = "difference"
     """`difference`: long NLL - short NLL. `quotient`: (long NLL + 1e-5) / (short NLL + 1e-5)."""
     transforms: tuple[str, ...] = ()
-    """In this order: `minus` (negate), `absolute`, `exp`, `max` (clip below at 0), `shift S` (subtract log S, S > 0)."""
+    """In the order given: `minus` (negate), `absolute`, `exp`, `max` (clip below at 0), `shift S` (subtract log S)."""
     truncation: float | None = None
     """Gamma: clip scores above at this value."""
     sparsification: float | None = None
@@ -28,8 +28,7 @@ class WeightingConfig:
 
     def __post_init__(self) -> None:
         _check_choice("comparison", self.comparison, COMPARISONS)
-        transforms = (self.transforms,) if isinstance(self.transforms, str) else tuple(self.transforms)
-        object.__setattr__(self, "transforms", transforms)
+        object.__setattr__(self, "transforms", tuple(self.transforms))  # YAML gives a list
         for transform in self.transforms:
             parse_transform(transform)
         _check_number("truncation", self.truncation)
@@ -40,12 +39,12 @@ class WeightingConfig:
 
     @property
     def needs_scorer(self) -> bool:
-        """Whether weights depend on the short NLL. Lambda = 1 and kappa = 1 are plain cross-entropy, whatever the scores are."""
+        """Whether weights depend on the short NLL: not with lambda = 1 or kappa = 1, which are plain cross-entropy."""
         return self.interpolation != 1.0 and self.sparsification != 1.0
 
     @staticmethod
     def preset(name: str, **parameters: float | None) -> "Weighting":
-        """The scheme called `name`, with its published settings where `parameters` (see `PRESETS`) does not say otherwise.
+        """The scheme called `name`, with published settings for what `parameters` (see `PRESETS`) leaves open.
 
         Raises:
             ValueError: unknown preset or parameter (the known ones are listed), or a value out of range.
@@ -71,9 +70,10 @@ class WeightingConfig:
 class ExactConfig:
     """EXACT (arXiv 2605.10544): weights from the length of a target's context alone, so it needs no scorer.
 
-    Targets are put in log2 buckets of their context (tokens since the start of their document). In the tail, which is the
-    buckets that start at `tau` or more, a bucket with the share q_b of the row's tail targets gets the weight
-    w_b = 1 + alpha * r_b / sum_j(q_j * r_j) with r_b = (q_b + eps)^-gamma, so that sum_b q_b * (w_b - 1) = alpha. Elsewhere: 1.
+    Targets are put in log2 buckets of their context (tokens since the start of their document). In the tail, which is
+    the buckets that start at `tau` or more, a bucket with the share q_b of the row's tail targets gets the weight
+    1 + alpha * r_b / sum_j(q_j * r_j) with r_b = (q_b + eps)^-gamma; other targets get 1. The mean weight of the tail
+    is 1 + alpha.
     """
 
     alpha: float = 0.15
@@ -100,7 +100,7 @@ Weighting = WeightingConfig | ExactConfig
 
 
 class Preset(NamedTuple):
-    """What a scheme fixes, and its parameters with their defaults. `shift` is the amount of the transform of that name."""
+    """What a scheme fixes, and its parameters with their defaults; `shift` is the amount of the transform `shift`."""
 
     settings: dict[str, Any]
     parameters: dict[str, float | None]

@@ -7,7 +7,7 @@ GOLDEN_GAMMA = 0x9E3779B97F4A7C15  # splitmix64's increment: 2^64 / golden ratio
 
 
 def top_targets(scores_RT: Tensor, counts_R: Tensor, valid_RT: Tensor, row_ids_R: Tensor, seed: int) -> Tensor:
-    """Marks the `counts_R` highest valid scores of each row; of equal scores, those with the higher `tie_break` go first.
+    """Marks the `counts_R` highest valid scores of each row; of equal scores, those of higher `tie_break` go first.
 
     Args:
         scores_RT: [rows, targets] float.
@@ -18,8 +18,8 @@ def top_targets(scores_RT: Tensor, counts_R: Tensor, valid_RT: Tensor, row_ids_R
     Returns:
         [rows, targets] bool.
     """
-    # Valid scores are finite (see `check_finite`), so -inf puts masked targets last; + 0.0 leaves no -0.0, which some sorts
-    # tell from 0.0.
+    # Valid scores are finite (see `check_finite`), so -inf puts masked targets last; + 0.0 leaves no -0.0, which some
+    # sorts tell from 0.0.
     ranked_RT = torch.where(valid_RT, scores_RT, -torch.inf) + 0.0
     by_hash_RT = tie_break(row_ids_R, scores_RT.shape[1], seed).argsort(dim=1, descending=True)
     by_score_RT = ranked_RT.gather(1, by_hash_RT).argsort(dim=1, descending=True, stable=True)

@@ -27,11 +27,11 @@ def token_weights(
 ) -> Tensor:
     """Weights of all targets of whole rows, as `config` says. A row's weights depend on that row alone.
 
-    Masked targets get 0 and do not count in a row's length, normalization, top kappa or buckets; a row without a valid target
-    gets zeros. Under `l1` a row of zero scores gets uniform weights. Scores are worked on in fp64.
+    Masked targets get 0 and do not count in a row's length, normalization, top kappa or buckets; a row without a valid
+    target gets zeros. Under `l1` a row of zero scores gets uniform weights. Scores are worked on in fp64.
 
     Args:
-        long_nll: [rows, targets] NLL (natural log) of the model in training; may carry a gradient, which is not followed.
+        long_nll: [rows, targets] NLL (natural log) of the model in training; no gradient is followed.
         short_nll: the scorer's, same shape; None for schemes that need no scorer.
         valid: [rows, targets] bool or 0/1; None: all are.
         row_ids: [rows] int64, a name of each row that does not depend on the layout, to break ties; None: 0, 1, ...
@@ -108,7 +108,8 @@ def _weights_from_scores(
 def _exact_weights(valid_RT: Tensor, config: ExactConfig, document_starts: Tensor | None) -> Tensor:
     positions_T = torch.arange(1, valid_RT.shape[1] + 1, device=valid_RT.device)
     context_RT = (positions_T - (0 if document_starts is None else document_starts)).expand_as(valid_RT)
-    # frexp is exact: context = m * 2^e with 0.5 <= m < 1, so floor(log2(context)) = e - 1; a context of 0 is far below tau.
+    # frexp is exact: context = m * 2^e with 0.5 <= m < 1, so floor(log2(context)) = e - 1; a context of 0 is far below
+    # tau.
     buckets_RT = (torch.frexp(context_RT.double()).exponent - 1).clamp(min=0).long()
     in_tail_RT = valid_RT & (context_RT > 0) & (2.0 ** buckets_RT.double() >= config.tau)
     tail_R1 = in_tail_RT.sum(dim=1, keepdim=True).clamp(min=1)
@@ -123,9 +124,10 @@ def _exact_weights(valid_RT: Tensor, config: ExactConfig, document_starts: Tenso
 
 
 def unfrozen_short_nll(long_nll: Tensor, short_nll: Tensor, window: int) -> Tensor:
-    """Short NLL of an unfrozen scorer: targets 1 .. n take the long NLL (score 0), later ones `short_nll`; all [rows, targets].
+    """Short NLL of an unfrozen scorer, detached: targets 1 .. n take the long NLL (score 0), later ones `short_nll`.
 
-    Up to target n - 1 the short window is the whole context; the method counts n in, though window 1 reaches it. Detached.
+    All are [rows, targets]. Up to target n - 1 the short window is the whole context; the method counts n in, though
+    window 1 reaches it.
     """
     in_window_T = torch.arange(1, long_nll.shape[1] + 1, device=long_nll.device) <= window
     return torch.where(in_window_T, long_nll.detach(), short_nll.detach())
@@ -139,7 +141,7 @@ def check_finite(
     name: str = "NLL",
     rank: int | None = None,
 ) -> None:
-    """Raises a ValueError that names the first row and position (and `rank`) where `nll` [rows, targets] is NaN or infinite.
+    """Raises a ValueError that names the first row, position and `rank` where `nll` [rows, targets] is NaN or infinite.
 
     Masked targets are not looked at. Waits for the device once.
     """
