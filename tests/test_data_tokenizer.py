@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from megatron_tw.data.tokenizer import load_tokenizer
 
@@ -35,7 +35,7 @@ def train_sentencepiece(folder: Path, **options: Any) -> Path:
 
 
 def train_hugging_face(folder: Path, **tokenizer_config: object) -> Path:
-    """A byte-level BPE folder; BOS is 0. Its tokenizer.json truncates to 100 tokens, as some published ones do."""
+    """A byte-level BPE folder; BOS is 0. It would add special tokens and truncate to 100 tokens, as published ones do."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -47,6 +47,9 @@ def train_hugging_face(folder: Path, **tokenizer_config: object) -> Path:
     )
     tokenizer.train_from_iterator([TEXT], trainer)
     tokenizer.enable_truncation(100)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {

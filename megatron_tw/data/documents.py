@@ -42,7 +42,7 @@ def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
     (`DIR/**/*.py`).
 
     Raises:
-        ValueError: something names no file.
+        ValueError: something names no file, or an empty one.
     """
     files: list[Path] = []
     for item in map(str, inputs):
@@ -63,6 +63,9 @@ def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
         files += found
     if not files:
         raise ValueError("--input names no file")
+    for file in files:  # now, not after an hour of tokenizing
+        if file.stat().st_size == 0:
+            raise ValueError(f"{file}: the file is empty")
     return files
 
 
@@ -74,12 +77,10 @@ def read_documents(files: Sequence[Path], *, key: str, ready_ids: bool) -> Itera
         ready_ids: the documents are token ids, not text.
 
     Raises:
-        ValueError: empty file, text that is not UTF-8, malformed JSON, missing key, value of another kind.
+        ValueError: text that is not UTF-8, malformed JSON, no documents, missing key, value of another kind.
         OSError: a file cannot be read.
     """
     for file in files:
-        if file.stat().st_size == 0:
-            raise ValueError(f"{file}: the file is empty")
         if file.suffix in JSON_SUFFIXES:
             yield from _read_json_lines(file, key, ready_ids)
         elif file.suffix == PARQUET_SUFFIX:
