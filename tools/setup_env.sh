@@ -26,7 +26,7 @@ _tw_install_cpu_torch() {
     [ "$(uname -s)-$(uname -m)" = "Linux-x86_64" ] || return 0
     command -v nvidia-smi >/dev/null && return 0
     python -c 'import torch' 2>/dev/null && return 0
-    python -m pip install --quiet --no-deps --retries 0 --timeout 10 --index-url https://download.pytorch.org/whl/cpu \
+    python -m pip install -qq --no-deps --retries 0 --timeout 10 --index-url https://download.pytorch.org/whl/cpu \
         "$(grep '^torch==' "$_tw_root/constraints.txt")" 2>/dev/null || true
 }
 
@@ -50,7 +50,7 @@ _tw_setup() {
     if [ "$(cat "$stamp" 2>/dev/null)" != "$state" ]; then
         echo "Installing into $VIRTUAL_ENV (once; a few minutes)"
         _tw_install_cpu_torch
-        python -m pip install --quiet --disable-pip-version-check \
+        python -m pip install -qq --disable-pip-version-check \
             -c "$_tw_root/constraints.txt" -e "$_tw_root[dev]" || return 1
         echo "$state" > "$stamp"
     fi
