@@ -69,6 +69,8 @@ class Comparison:
 
     models: tuple[ModelRow, ...]
     reference: str
+    base: str | None
+    """The model before the extension, if it is among them."""
     old_context: int
     key: KeyTokens
     rows: int
@@ -86,6 +88,7 @@ def compare(
     *,
     old_context: int | None = None,
     reference: str | None = None,
+    base: str | None = None,
 ) -> Comparison:
     """Compare models on the same targets.
 
@@ -94,6 +97,7 @@ def compare(
         key: one fixed set for all of them.
         old_context: n, tokens of the rows that the base model was trained on (None: the key tokens' short window).
         reference: the model that the others are compared to (None: "uniform" if there is one, else the first).
+        base: the model before the extension (None: "base" if there is one).
 
     Raises:
         ValueError: evaluations of different rows, lengths, tokenizers or masks; no such reference.
@@ -102,8 +106,11 @@ def compare(
         raise ValueError("--evaluations: expected at least one NAME=DIR")
     if reference is None:
         reference = "uniform" if "uniform" in results else next(iter(results))
-    if reference not in results:
-        raise ValueError(f"--reference {reference}: expected one of {', '.join(results)}")
+    if base is None and "base" in results:
+        base = "base"
+    for option, name in (("--reference", reference), ("--base", base)):
+        if name is not None and name not in results:
+            raise ValueError(f"{option} {name}: expected one of {', '.join(results)}")
     for name, result in results.items():
         _check_same_targets(name, result, key.name, key.source)
     if old_context is None:
@@ -119,6 +126,7 @@ def compare(
     return Comparison(
         models=models,
         reference=reference,
+        base=base,
         old_context=old_context,
         key=key,
         rows=len(key.source.row_index),

@@ -1,0 +1,289 @@
+"""Evaluation against hand-checked numbers; results on disk; what is refused."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from megatron_tw.evaluation.compare import compare, paired_difference
+from megatron_tw.evaluation.key_tokens import KeyTokens, choose_key_tokens, key_tokens, long_ppl
+from megatron_tw.evaluation.page import render_page
+from megatron_tw.evaluation.plots import plot_key_tokens, plot_nll_by_position, plot_training
+from megatron_tw.evaluation.position import beyond, mean_nll, nll_by_position, position_edges
+from megatron_tw.evaluation.result import EvaluationHeader, EvaluationResult
+from megatron_tw.evaluation.table import format_tables, verdicts
+from megatron_tw.evaluation.training import read_metrics
+
+
+def result(
+    long_nll: npt.ArrayLike,
+    short_nll: npt.ArrayLike | None = None,
+    *,
+    valid: npt.ArrayLike | None = None,
+    rows: list[int] | None = None,
+    **header: Any,
+) -> EvaluationResult:
+    long_RT = np.asarray(long_nll, np.float32)
+    return EvaluationResult(
+        header=EvaluationHeader(
+            **{
+                "model": "models/x",
+                "layout": "TP 1",
+                "seq_length": long_RT.shape[1] + 1,
+                "short_window": None if short_nll is None else 3,
+                "short_stride": None if short_nll is None else 2,
+                "rotary_base": 10000.0,
+                "data_fingerprint": "d",
+                "tokenizer_fingerprint": "t",
+                **header,
+            }
+        ),
+        row_index=np.asarray(rows if rows is not None else range(len(long_RT)), np.int64),
+        long_nll=long_RT,
+        short_nll=None if short_nll is None else np.asarray(short_nll, np.float32),
+        valid=np.ones(long_RT.shape, bool) if valid is None else np.asarray(valid, bool),
+    )
+
+
+LONG = [[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]]
+SHORT = [[1.0, 2.0, 5.5, 4.0], [5.0, 6.0, 9.0, 10.5]]  # gains: 2.5, exactly 2 (not more), 2.5
+
+
+def test_a_result_comes_back_from_disk(tmp_path: Path) -> None:
+    saved = result(LONG, SHORT, valid=[[1, 1, 1, 0], [1, 1, 1, 1]], rows=[4, 9])
+    saved.save(tmp_path / "a")
+    loaded = EvaluationResult.load(tmp_path / "a")
+    assert loaded.header == saved.header
+    for name in ("row_index", "long_nll", "short_nll", "valid"):
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(saved, name))
+        assert getattr(loaded, name).dtype == getattr(saved, name).dtype
+
+    header = json.loads((tmp_path / "a" / "evaluation.json").read_text())
+    assert header["targets"] == 7
+    assert header["mean_nll"] == pytest.approx(32 / 7)  # the masked 4.0 does not count
+    assert header["perplexity"] == pytest.approx(math.exp(32 / 7))
+    assert header["nll_by_position"] == [  # n = 3 is an edge
+        {"first": 1, "last": 2, "targets": 4, "nll": 3.5},
+        {"first": 3, "last": 4, "targets": 3, "nll": 6.0},
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]  # no temporary folder is left
+
+
+def test_a_result_without_short_nll_comes_back(tmp_path: Path) -> None:
+    result(LONG).save(tmp_path / "a")
+    assert EvaluationResult.load(tmp_path / "a").short_nll is None
+
+
+def test_saving_refuses_a_filled_folder_and_nan(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="not an empty folder"):
+        result(LONG).save(tmp_path / "a")
+    with pytest.raises(ValueError, match="row 9, position 2 is nan"):
+        result([[1.0, 2.0], [1.0, math.nan]], rows=[4, 9]).save(tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+    result([[1.0, 2.0], [1.0, math.nan]], valid=[[1, 1], [1, 0]]).save(tmp_path / "c")  # masked: means nothing
+
+
+def test_bad_results_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    with pytest.raises(
+        ValueError, match=r"evaluation\.json is missing: expected a folder that tools/evaluate\.py wrote"
+    ):
+        EvaluationResult.load(folder)
+    result(LONG, SHORT).save(folder)
+    header, arrays = (folder / "evaluation.json").read_text(), (folder / "nll.npz").read_bytes()
+
+    def refused(match: str) -> None:
+        with pytest.raises(ValueError, match=match):
+            EvaluationResult.load(folder)
+        (folder / "evaluation.json").write_text(header)
+        (folder / "nll.npz").write_bytes(arrays)
+
+    for cut in (0, 100, len(arrays) - 10):
+        (folder / "nll.npz").write_bytes(arrays[:cut])
+        refused(r"nll\.npz is truncated or no numpy file")
+    (folder / "nll.npz").write_bytes(arrays[:200] + bytes(20) + arrays[220:])
+    refused(r"nll\.npz is truncated or no numpy file")
+    (folder / "nll.npz").unlink()
+    refused(r"nll\.npz is missing")
+    (folder / "evaluation.json").write_text(header[:50])
+    refused(r"evaluation\.json is truncated or no JSON")
+    for change, match in (
+        ({"format_version": 99}, "format version 99, but this program reads version 1"),
+        ({"format": "score rows"}, 'not a header of "megatron_tw evaluation"'),
+        ({"seq_length": 9}, r"long_nll: expected float32 \[2, 8\], got float32 \[2, 4\]"),
+        ({"short_window": None}, "short_nll is there, short_window is None"),
+    ):
+        (folder / "evaluation.json").write_text(json.dumps(json.loads(header) | change))
+        refused(match)
+    without_base = json.loads(header)
+    del without_base["rotary_base"]
+    (folder / "evaluation.json").write_text(json.dumps(without_base))
+    refused("fields are missing: rotary_base")
+
+
+def test_position_edges_are_powers_of_two_and_the_old_context() -> None:
+    assert position_edges(1024, old_context=256) == (1, 32, 64, 128, 256, 512, 1024)
+    assert position_edges(1000, old_context=300) == (1, 32, 64, 128, 256, 300, 512, 1000)
+    assert position_edges(16) == (1, 16)
+
+
+def test_nll_by_position_sums_tokens_not_rows() -> None:
+    nll = np.asarray([[1, 2, 4, 8], [10, 20, 40, 80]], np.float32)
+    mask = np.asarray([[1, 1, 1, 0], [0, 0, 1, 0]], bool)
+    first, second, empty = nll_by_position(nll, mask, (1, 3, 4, 5))
+    assert (first.first, first.last, first.targets, first.nll) == (1, 2, 2, 1.5)
+    assert (second.first, second.last, second.targets, second.nll) == (3, 3, 2, 22.0)
+    assert (empty.first, empty.last, empty.targets, empty.nll) == (4, 4, 0, None)
+    assert mean_nll(nll, mask) == 47 / 4  # not the mean of the rows' means, (7/3 + 40) / 2
+    assert beyond(mask, 3).tolist() == [[False, False, True, False], [False, False, True, False]]
+
+
+def test_sums_are_double_precision() -> None:
+    nll = np.full((1, 2**20), 16.001, np.float32)
+    assert mean_nll(nll, np.ones(nll.shape, bool)) == pytest.approx(float(np.float32(16.001)), abs=1e-12)
+
+
+def test_key_tokens_gain_more_than_the_threshold() -> None:
+    long, short = np.asarray(LONG, np.float32), np.asarray(SHORT, np.float32)
+    assert np.argwhere(key_tokens(long, short)).tolist() == [[0, 2], [1, 3]]
+    assert np.argwhere(key_tokens(long, short, gain=1.5)).tolist() == [[0, 2], [1, 2], [1, 3]]
+    assert np.argwhere(key_tokens(long, short, max_long_nll=4.0)).tolist() == [[0, 2]]
+    valid = np.asarray([[1, 1, 0, 1], [1, 1, 1, 1]], bool)
+    assert np.argwhere(key_tokens(long, short, valid_RT=valid)).tolist() == [[1, 3]]
+    assert long_ppl(long, key_tokens(long, short)) == pytest.approx(math.exp((3 + 8) / 2))
+    assert long_ppl(long, key_tokens(long, short, gain=3.0)) is None
+    with pytest.raises(ValueError, match="--gain: expected a positive number"):
+        key_tokens(long, short, gain=0.0)
+    with pytest.raises(ValueError, match="no short NLL"):
+        choose_key_tokens(result(LONG), "uniform")
+
+
+def test_paired_difference_is_a_ratio_over_rows() -> None:
+    reference = np.zeros((3, 2), np.float32)
+    nll = np.asarray([[1, 3], [2, 9], [6, 9]], np.float32)
+    mask = np.asarray([[1, 1], [1, 0], [1, 0]], bool)
+    found = paired_difference(nll, reference, mask)
+    assert found is not None
+    assert found.mean == 12 / 4
+    # d = 4, 2, 6; m = 2, 1, 1; residuals 4 - 6, 2 - 3, 6 - 3: sqrt(3/2 * 14) / 4
+    assert found.standard_error == pytest.approx(math.sqrt(21) / 4)
+    assert found.is_clear
+    assert paired_difference(nll, reference, np.zeros_like(mask)) is None
+    one_row = paired_difference(nll, reference, np.asarray([[1, 1], [0, 0], [0, 0]], bool))
+    assert one_row is not None
+    assert (one_row.mean, one_row.standard_error, one_row.is_clear) == (2.0, None, False)
+
+
+def three_models() -> tuple[dict[str, EvaluationResult], KeyTokens]:
+    uniform = result(LONG, SHORT)
+    better = result([[1.0, 2.0, 2.0, 4.0], [5.0, 6.0, 7.0, 7.0]])
+    worse = result([[2.0, 3.0, 3.5, 5.0], [6.0, 7.0, 8.0, 8.5]])
+    return {"base": worse, "uniform": uniform, "sparse": better}, choose_key_tokens(uniform, "uniform")
+
+
+def test_models_are_compared_on_the_same_targets() -> None:
+    results, key = three_models()
+    comparison = compare(results, key)
+    assert comparison.reference == "uniform"
+    assert (comparison.old_context, comparison.rows, comparison.targets) == (3, 2, 8)
+    sparse, uniform = comparison.model("sparse"), comparison.model("uniform")
+    assert (uniform.all.nll, uniform.within.nll, uniform.beyond.nll, uniform.key.nll) == (4.5, 3.5, 5.5, 5.5)
+    assert uniform.all.difference is None
+    assert (sparse.all.nll, sparse.within.nll, sparse.beyond.nll, sparse.key.nll) == (4.25, 3.5, 5.0, 4.5)
+    assert sparse.long_ppl == pytest.approx(math.exp(4.5))
+    assert sparse.key.difference is not None
+    assert (sparse.key.difference.mean, sparse.key.difference.standard_error) == (-1.0, 0.0)
+    assert [bucket.nll for bucket in sparse.buckets] == [3.5, 5.0]
+    assert [difference and difference.mean for difference in sparse.bucket_differences] == [0.0, -0.5]
+    tables = format_tables(comparison)
+    assert "sparse" in tables
+    assert "4.2500" in tables
+    base, sparse_verdict = verdicts(comparison)
+    assert base.startswith("base is worse than uniform on the key tokens")
+    assert sparse_verdict.startswith("sparse is better than uniform on the key tokens: NLL -1.0000 ± 0.0000")
+
+
+def test_an_empty_key_set_is_said() -> None:
+    results, _ = three_models()
+    comparison = compare(results, choose_key_tokens(results["uniform"], "uniform", gain=50.0))
+    assert comparison.key.count == 0
+    assert [(row.key.nll, row.long_ppl) for row in comparison.models] == [(None, None)] * 3
+    assert "no target is a key token" in format_tables(comparison)
+    assert all("no target is a key token" in verdict for verdict in verdicts(comparison))
+
+
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        (result([[1.0, 2.0, 3.0]] * 2), "--seq-length 4 and 5"),
+        (result(LONG, data_fingerprint="e"), "data fingerprint e and d"),
+        (result(LONG, tokenizer_fingerprint="u"), "tokenizer fingerprint u and t"),
+        (result(LONG[:1]), "number of rows 1 and 2"),
+        (result(LONG, rows=[0, 2]), "the rows chosen differ"),
+        (result(LONG, valid=[[1, 1, 1, 1], [1, 1, 1, 0]]), "the masks of valid targets differ"),
+    ],
+)
+def test_other_targets_are_refused(other: EvaluationResult, match: str) -> None:
+    results, key = three_models()
+    with pytest.raises(ValueError, match=f"dense and uniform were not evaluated on the same targets: {match}"):
+        compare({**results, "dense": other}, key)
+
+
+def test_bad_options_are_refused() -> None:
+    results, key = three_models()
+    with pytest.raises(ValueError, match="--reference dense: expected one of base, uniform, sparse"):
+        compare(results, key, reference="dense")
+    with pytest.raises(ValueError, match="--old-context: expected 2 to 4"):
+        compare(results, key, old_context=5)
+    with pytest.raises(ValueError, match="--evaluations"):
+        compare({}, key)
+
+
+def test_metrics_are_read_or_refused(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    with pytest.raises(ValueError, match="is missing: expected the --save folder"):
+        read_metrics(tmp_path)
+    file.write_text("")
+    with pytest.raises(ValueError, match="is empty"):
+        read_metrics(tmp_path)
+    file.write_text('{"iteration": 1, "lm_loss": 2.5}\n{"iteration": 2, "lm')
+    with pytest.raises(ValueError, match="line 2: no JSON"):
+        read_metrics(tmp_path)
+    file.write_text('{"iteration": 1, "lm_loss": 2.5}\n')
+    assert read_metrics(tmp_path) == [{"iteration": 1, "lm_loss": 2.5}]
+
+
+def test_plots_and_page_are_self_contained(tmp_path: Path) -> None:
+    results, key = three_models()
+    comparison = compare(results, key)
+    steps = [{"iteration": i, "lm_loss": 3.0 / i, "weighted_loss": 2.0 / i, "grad_norm": 1.0} for i in range(1, 30)]
+    plots = {
+        "position.png": plot_nll_by_position(comparison, results),
+        "key.png": plot_key_tokens(comparison),
+        "training.png": plot_training({"uniform": steps, "sparse": steps[:3]}),
+    }
+    assert all(png.startswith(b"\x89PNG") and len(png) > 5000 for png in plots.values())
+    page = render_page(
+        comparison, results, title="A <b> title", plots=plots, options={"uniform": "lr: 1 < 2"}, commands="a && b"
+    )
+    assert "A &lt;b&gt; title" in page
+    assert "lr: 1 &lt; 2" in page
+    assert "a &amp;&amp; b" in page
+    assert page.count("data:image/png;base64,") == 3
+    assert "http" not in page.replace("http-equiv", "")
+    assert "src=" not in page.replace('src="data:', "")
+
+
+def test_empty_key_set_makes_plots_and_page(tmp_path: Path) -> None:
+    results, _ = three_models()
+    comparison = compare(results, choose_key_tokens(results["uniform"], "uniform", gain=50.0))
+    page = render_page(
+        comparison, results, title="t", plots={"key.png": plot_key_tokens(comparison)}, options={}, commands=None
+    )
+    assert "no target is a key token" in page
