@@ -1,6 +1,7 @@
-"""Token weighting on whole rows: short windows, scores to weights. Pure math, without process groups or Megatron."""
+"""Token weighting on whole rows: windows, scores to weights, schedules. No process groups, no Megatron."""
 
 from megatron_tw.weighting.config import PRESETS, ExactConfig, Weighting, WeightingConfig
+from megatron_tw.weighting.schedule import WeightingSchedule, parse_schedule
 from megatron_tw.weighting.weights import check_finite, token_weights, unfrozen_short_nll
 from megatron_tw.weighting.windows import Window, check_stride, default_stride, plan_windows
 
@@ -9,10 +10,12 @@ __all__ = [
     "ExactConfig",
     "Weighting",
     "WeightingConfig",
+    "WeightingSchedule",
     "Window",
     "check_finite",
     "check_stride",
     "default_stride",
+    "parse_schedule",
     "plan_windows",
     "token_weights",
     "unfrozen_short_nll",
