@@ -35,7 +35,7 @@ def train_sentencepiece(folder: Path, **options: Any) -> Path:
 
 
 def train_hugging_face(folder: Path, **tokenizer_config: object) -> Path:
-    """A byte-level BPE folder; BOS is 0. Like published ones, it would add special tokens, and truncate to 100 tokens."""
+    """A byte-level BPE folder; BOS is 0. Like some published ones it adds special tokens and truncates, if it may."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
