@@ -24,11 +24,12 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -142,6 +143,8 @@ class RankPool:
         for process in self._processes:
             process.join(max(0.0, deadline - time.monotonic()))
             if process.is_alive():
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
                 process.kill()
                 process.join()
         shutil.rmtree(self._store_dir, ignore_errors=True)
@@ -162,6 +165,8 @@ def _serve(rank: int, world_size: int, store_file: str, timeout_seconds: float, 
         try:
             request = conn.recv_bytes()
         except EOFError:
+            for child in active_children():  # the helper process of Megatron's checkpoint writer
+                child.terminate()
             os._exit(0)  # no farewell: it would wait for the other ranks
         conn.send_bytes(_answer(request))
 

@@ -153,7 +153,9 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "axes", [Axes(), Axes(tp=2), Axes(pp=2, vpp_layers=1), Axes(tp=2, pp=2), Axes(tp=2, cp=2)], ids=lambda axes: axes.name
+    "axes",
+    [Axes(), Axes(tp=2), Axes(pp=2, vpp_layers=1), Axes(tp=2, pp=2), Axes(tp=2, cp=2)],
+    ids=lambda axes: axes.name,
 )
 @pytest.mark.parametrize("variant", ["tiny", "tied", "sharded"])
 def test_import_then_export_is_bit_exact(axes, variant, variant_folders, ranks, tmp_path):
@@ -208,13 +210,18 @@ def other_shape(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors nor model.safetensors.index.json"),
+        (
+            lambda folder: (folder / "model.safetensors").unlink(),
+            "neither model.safetensors nor model.safetensors.index.json",
+        ),
         (truncate, "model.safetensors: truncated or not a safetensors file"),
         (drop_tensor, "model.layers.2.mlp.up_proj.weight is missing"),
         (other_shape, r"mlp\.\w+_proj.weight: expected shape .*192.*got"),
         (
             lambda folder: (folder / "model.safetensors.index.json").write_text(
-                json.dumps({"weight_map": dict.fromkeys(load_file(TINY_LLAMA / "model.safetensors"), "model-1.safetensors")})
+                json.dumps(
+                    {"weight_map": dict.fromkeys(load_file(TINY_LLAMA / "model.safetensors"), "model-1.safetensors")}
+                )
             ),
             "model-1.safetensors: not found, though the index names it",
         ),

@@ -1,5 +1,6 @@
 """The tiny Llama of tests/reference, its rows and layouts, for tests that run on gloo ranks."""
 
+import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,6 +61,7 @@ def layout_of(axes: Axes, num_layers: int = 4) -> Iterator[Layout]:
         yield make_layout(parallel, num_model_chunks=virtual_pipeline_size(parallel, num_layers))
     finally:
         destroy_layout()
+        gc.collect()  # a model that still refers to a group keeps the group's threads alive
 
 
 def load_tiny(axes: Axes, layout: Layout, folder: Path = TINY_LLAMA) -> tuple[Architecture, list[TokenWeightedGPT]]:

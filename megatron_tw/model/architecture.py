@@ -68,7 +68,9 @@ def read_architecture(directory: str | Path) -> Architecture:
 def parse_architecture(raw: dict[str, Any], source: str) -> Architecture:
     """The same from a parsed config.json; `source` names it in errors."""
     if raw.get("model_type") not in SUPPORTED_MODEL_TYPES:
-        raise ValueError(f"{source}: model_type: expected one of {SUPPORTED_MODEL_TYPES}, got {raw.get('model_type')!r}")
+        raise ValueError(
+            f"{source}: model_type: expected one of {SUPPORTED_MODEL_TYPES}, got {raw.get('model_type')!r}"
+        )
     for key, expected in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
         if raw.get(key, expected) != expected:
             raise ValueError(f"{source}: {key}: expected {expected!r}, got {raw[key]!r}")
@@ -109,7 +111,9 @@ def _rope_parameters(raw: dict[str, Any], source: str) -> dict[str, Any]:
     rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
     rope.setdefault("rope_type", "default")
     if rope["rope_type"] == "dynamic":
-        raise ValueError(f"{source}: rope_type 'dynamic' depends on the length of each input and cannot be trained with")
+        raise ValueError(
+            f"{source}: rope_type 'dynamic' depends on the length of each input and cannot be trained with"
+        )
     return rope
 
 
@@ -166,7 +170,12 @@ def rotary_frequencies(architecture: Architecture) -> Tensor:
 
 
 def transformer_config(
-    architecture: Architecture, parallel: ParallelConfig, model: ModelConfig, *, on_gpu: bool, num_model_chunks: int | None
+    architecture: Architecture,
+    parallel: ParallelConfig,
+    model: ModelConfig,
+    *,
+    on_gpu: bool,
+    num_model_chunks: int | None,
 ) -> TransformerConfig:
     """Megatron-Core's configuration of this model under this run's parallelism and precision.
 
@@ -205,8 +214,11 @@ def transformer_config(
         params_dtype=torch.bfloat16 if model.bf16 else torch.float32,
         pipeline_dtype=torch.bfloat16 if model.bf16 else torch.float32,
         calculate_per_token_loss=True,
-        # Every weight is read from a checkpoint.
-        perform_initialization=False,
+        # Every weight is read from a checkpoint. Not perform_initialization=False: Megatron-Core marks weights as tensor-parallel
+        # only while it initializes them, and counts the unmarked ones just once in the gradient norm.
+        init_method=_leave_unfilled,
+        output_layer_init_method=_leave_unfilled,
+        embedding_init_method=_leave_unfilled,
         recompute_granularity=model.recompute_granularity,
         recompute_method=model.recompute_method,
         recompute_num_layers=model.recompute_num_layers,
@@ -219,6 +231,10 @@ def transformer_config(
         batch_p2p_comm=on_gpu,
         deallocate_pipeline_outputs=True,
     )
+
+
+def _leave_unfilled(weight: Tensor) -> Tensor:
+    return weight
 
 
 def megatron_vocab_size(architecture: Architecture, parallel: ParallelConfig, model: ModelConfig) -> int:

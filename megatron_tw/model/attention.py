@@ -36,7 +36,9 @@ class ContextParallelAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         if attn_mask_type != AttnMaskType.causal or attention_type != "self":
-            raise ValueError(f"only causal self-attention is supported, not {attn_mask_type} {attention_type}-attention")
+            raise ValueError(
+                f"only causal self-attention is supported, not {attn_mask_type} {attention_type}-attention"
+            )
         self.softmax_scale = softmax_scale
 
     def forward(
@@ -63,7 +65,9 @@ class ContextParallelAttention(MegatronModule):
             k_BGND, v_BGND = _GatherKeysValues.apply(torch.stack((k_BGSD, v_BGSD)), shard.cp_group, shard.rank)
             chunk = q_BHSD.shape[2] // 2
             outputs = []
-            for index, q_BHCD in zip((shard.rank, 2 * shard.size - 1 - shard.rank), q_BHSD.chunk(2, dim=2), strict=True):
+            for index, q_BHCD in zip(
+                (shard.rank, 2 * shard.size - 1 - shard.rank), q_BHSD.chunk(2, dim=2), strict=True
+            ):
                 seen = (index + 1) * chunk
                 outputs.append(
                     F.scaled_dot_product_attention(

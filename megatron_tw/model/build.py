@@ -32,7 +32,9 @@ def build_model(
     wanted = model.transformer_impl
     available = transformer_engine_available()
     if wanted == "transformer_engine" and not (available and device.type == "cuda"):
-        raise ValueError("--transformer-impl transformer_engine: Transformer Engine is not installed here, or there is no GPU")
+        raise ValueError(
+            "--transformer-impl transformer_engine: Transformer Engine is not installed here, or there is no GPU"
+        )
     use_te = available and device.type == "cuda" and wanted != "local"
     megatron_config = transformer_config(
         architecture, parallel, model, on_gpu=device.type == "cuda", num_model_chunks=layout.vpp_size
@@ -120,7 +122,9 @@ def check_export_target(target: Path, option: str = "--save-hf") -> None:
         raise ValueError(f"{option} {target}: expected a new or empty folder, found one that holds files")
 
 
-def _write_shards(chunks: list[TokenWeightedGPT], architecture: Architecture, layout: Layout, folder: Path) -> dict[str, list[str]]:
+def _write_shards(
+    chunks: list[TokenWeightedGPT], architecture: Architecture, layout: Layout, folder: Path
+) -> dict[str, list[str]]:
     """This pipeline stage's tensors in files of up to MAX_SHARD_BYTES, written by tensor-parallel rank 0. Returns file -> names."""
     pending: dict[str, Tensor] = {}
     written: dict[str, list[str]] = {}

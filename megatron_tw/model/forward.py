@@ -190,7 +190,11 @@ class ShortWindowScorer:
         rows_RN: int64 on the device, the same on every rank of the replica. One forward-only pipeline pass for all rows.
         """
         if not self.windows:
-            return torch.zeros(len(rows_RN), self.seq_length - 1, device=rows_RN.device) if self.layout.is_last_stage else None
+            return (
+                torch.zeros(len(rows_RN), self.seq_length - 1, device=rows_RN.device)
+                if self.layout.is_last_stage
+                else None
+            )
         ids_LN, labels_LN, row_L, start_L = self._lay_out(rows_RN)
         shard = SequenceShard.over(self.group, self.padded_length)
         batches = [
@@ -205,7 +209,9 @@ class ShortWindowScorer:
         local_positions = zigzag_positions(self.padded_length, rank=shard.rank, size=shard.size, device=rows_RN.device)
         nll_LS = torch.cat(nlls)
         scored_LS = torch.cat([batch.labels_MS for batch in batches]) != IGNORED
-        column_LS = start_L[:, None] + local_positions  # target t stands in column t - 1 and is predicted at position t - 1
+        column_LS = (
+            start_L[:, None] + local_positions
+        )  # target t stands in column t - 1 and is predicted at position t - 1
         short_RT = torch.zeros(len(rows_RN), self.seq_length - 1, device=rows_RN.device)
         short_RT[row_L[:, None].expand_as(column_LS)[scored_LS], column_LS[scored_LS]] = nll_LS[scored_LS]
         return sum_over_context(short_RT, self.layout)

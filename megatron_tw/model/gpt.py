@@ -1,11 +1,13 @@
-"""The model: Megatron-Core's GPTModel whose last stage returns per-token NLL (or logits), never both and never logits on the way.
-"""
+"""The model: Megatron-Core's GPTModel whose last stage returns per-token NLL (or logits), never both and never logits on the way."""
 
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -55,7 +57,9 @@ class TokenWeightedGPT(GPTModel):
         self.architecture = architecture
         self.layout = layout
         self.loss_chunk_tokens = loss_chunk_tokens
-        self.rotary_pos_emb = ShardedRotaryEmbedding(rotary_frequencies(architecture), torch.device(torch.cuda.current_device()))
+        self.rotary_pos_emb = ShardedRotaryEmbedding(
+            rotary_frequencies(architecture), torch.device(torch.cuda.current_device())
+        )
 
     def head_weight(self) -> Tensor:
         """The output projection [V / TP, hidden] of this rank: the embedding's own weight where they are tied."""
@@ -82,7 +86,9 @@ class TokenWeightedGPT(GPTModel):
         )
 
 
-def layer_spec(config: TransformerConfig, *, transformer_engine: bool, vp_stage: int | None) -> TransformerBlockSubmodules:
+def layer_spec(
+    config: TransformerConfig, *, transformer_engine: bool, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     """The layers of one model chunk: Transformer Engine's modules, or Megatron-Core's with the norm and core attention of ours."""
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm

@@ -95,7 +95,9 @@ class SafetensorsFolder:
                 raise ValueError(f"{self.directory / self._file_of[tensor]}: tensor {tensor} is missing")
             found = tuple(handle.get_slice(tensor).get_shape())
             if found != shape:
-                raise ValueError(f"{self.directory / self._file_of[tensor]}: {tensor}: expected shape {shape}, got {found}")
+                raise ValueError(
+                    f"{self.directory / self._file_of[tensor]}: {tensor}: expected shape {shape}, got {found}"
+                )
 
     def _find_tensors(self) -> dict[str, str]:
         index = self.directory / "model.safetensors.index.json"
@@ -124,7 +126,9 @@ class SafetensorsFolder:
         return part[start:stop] if dim == 0 else part[:, start:stop]
 
 
-def import_parameter(name: str, layer_offset: int, architecture: Architecture, tp: TensorParallel, read: Slices) -> Tensor:
+def import_parameter(
+    name: str, layer_offset: int, architecture: Architecture, tp: TensorParallel, read: Slices
+) -> Tensor:
     """This rank's shard of the Megatron-Core parameter `name`, in the checkpoint's dtype, on the CPU.
 
     layer_offset: global number (from 0) of the chunk's first layer; names count layers within their chunk.
@@ -145,7 +149,9 @@ def import_parameter(name: str, layer_offset: int, architecture: Architecture, t
         return read(prefix + target, 1, tp.rank * width, (tp.rank + 1) * width)
     if kind == "gate_up":
         rows = a.ffn_hidden_size // tp.size
-        return torch.cat([read(f"{prefix}mlp.{x}_proj.weight", 0, tp.rank * rows, (tp.rank + 1) * rows) for x in ("gate", "up")])
+        return torch.cat(
+            [read(f"{prefix}mlp.{x}_proj.weight", 0, tp.rank * rows, (tp.rank + 1) * rows) for x in ("gate", "up")]
+        )
     groups = a.num_query_groups // tp.size
     parts = []
     for x, heads in (("q", a.num_attention_heads // a.num_query_groups), ("k", 1), ("v", 1)):
@@ -155,7 +161,9 @@ def import_parameter(name: str, layer_offset: int, architecture: Architecture, t
     return torch.cat(parts, dim=1).reshape(-1, a.hidden_size)
 
 
-def export_parameter(name: str, layer_offset: int, architecture: Architecture, shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+def export_parameter(
+    name: str, layer_offset: int, architecture: Architecture, shards: list[Tensor]
+) -> Iterator[tuple[str, Tensor]]:
     """The Hugging Face tensors held by a Megatron-Core parameter whose shards, in tensor-parallel order, are `shards`."""
     a = architecture
     kind, target, prefix = _kind(name, layer_offset)

@@ -112,12 +112,23 @@ def make_layout(config: ParallelConfig, *, num_model_chunks: int | None = None, 
 
 
 def destroy_layout() -> None:
-    """Forget Megatron-Core's groups, so that another layout can be made in the same processes."""
+    """Destroy the groups of the current layout, so that another one can be made in the same processes. Collective over the world.
+
+    Megatron-Core only forgets its groups; under gloo each of them would keep its threads running.
+    """
     from megatron.core import parallel_state as mpu
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 
+    groups = [group for group in mpu._global_process_group_list or [] if group is not None] + _window_groups
     mpu.destroy_model_parallel()
     unset_num_microbatches_calculator()
+    _window_groups.clear()
+    for group in groups:
+        dist.destroy_process_group(group)
+
+
+_window_groups: list[dist.ProcessGroup] = []
+"""Sub-groups made by split_context_group, which Megatron-Core does not know of."""
 
 
 def split_context_group(layout: Layout, num_groups: int) -> tuple[dist.ProcessGroup | None, int]:
@@ -127,7 +138,9 @@ def split_context_group(layout: Layout, num_groups: int) -> tuple[dist.ProcessGr
         this rank's sub-group (None when sub-groups are single ranks: nothing to communicate) and its index, 0..num_groups-1.
     """
     if layout.cp_size % num_groups:
-        raise ValueError(f"a context-parallel group of {layout.cp_size} does not split into {num_groups} equal sub-groups")
+        raise ValueError(
+            f"a context-parallel group of {layout.cp_size} does not split into {num_groups} equal sub-groups"
+        )
     share = layout.cp_size // num_groups
     index = layout.cp_rank // share
     if share == 1:
@@ -143,6 +156,7 @@ def split_context_group(layout: Layout, num_groups: int) -> tuple[dist.ProcessGr
             group = dist.new_group(members)  # every rank of the world takes part in every creation
             if layout.rank in members:
                 mine = group
+            _window_groups.append(group)
     return mine, index
 
 

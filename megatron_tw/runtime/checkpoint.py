@@ -80,7 +80,9 @@ def find_checkpoint(folder: str | Path) -> SavedCheckpoint | None:
     try:
         header = json.loads(header_path.read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"--load {folder}: {tracker.name} names iteration {text}, but {header_path}: {error}") from error
+        raise ValueError(
+            f"--load {folder}: {tracker.name} names iteration {text}, but {header_path}: {error}"
+        ) from error
     if header.get("version") != FORMAT_VERSION:
         raise ValueError(f"{header_path}: expected version {FORMAT_VERSION}, got {header.get('version')!r}")
     architecture = parse_architecture(header["hf_config"], str(header_path))
@@ -118,9 +120,13 @@ def check_save_target(save: str | None, load: str | None) -> None:
     path = Path(save)
     if path.exists() and not path.is_dir():
         raise ValueError(f"--save {save}: expected a folder, found a file")
-    holds_run = path.is_dir() and ((path / TRACKER).exists() or (path / "metrics.jsonl").exists() or any(path.glob("iter_*")))
+    holds_run = path.is_dir() and (
+        (path / TRACKER).exists() or (path / "metrics.jsonl").exists() or any(path.glob("iter_*"))
+    )
     if holds_run and (load is None or Path(load).resolve() != path.resolve()):
-        raise ValueError(f"--save {save}: the folder already holds a run; resume it with --load {save}, or choose another folder")
+        raise ValueError(
+            f"--save {save}: the folder already holds a run; resume it with --load {save}, or choose another folder"
+        )
 
 
 def save_checkpoint(
@@ -176,7 +182,9 @@ def load_checkpoint(
     """Read weights, and with an optimizer its state and the schedule's, into a model of any layout. Collective over the world."""
     sharded = _model_state(chunks)
     if optimizer is not None:
-        sharded["optimizer"] = optimizer.sharded_state_dict(_model_state(chunks), is_loading=True, metadata=dict(_METADATA))
+        sharded["optimizer"] = optimizer.sharded_state_dict(
+            _model_state(chunks), is_loading=True, metadata=dict(_METADATA)
+        )
     state = dist_checkpointing.load(sharded, str(saved.directory))
     for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True):
         chunk.load_state_dict(state[key])

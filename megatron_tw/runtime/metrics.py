@@ -14,7 +14,9 @@ class MetricsLog:
     again stands there once.
     """
 
-    def __init__(self, save: Path | None, tensorboard_dir: Path | None, *, start_iteration: int, train_iters: int) -> None:
+    def __init__(
+        self, save: Path | None, tensorboard_dir: Path | None, *, start_iteration: int, train_iters: int
+    ) -> None:
         self._file = None
         self._tensorboard = None
         if save is not None:

@@ -7,22 +7,14 @@ from typing import Any
 from megatron_tw.config import RunConfig, check_config, virtual_pipeline_size
 from megatron_tw.data.loader import Loader, RowOrder
 from megatron_tw.data.rows import TOKENIZER_DIR, TokenRows, check_rows
-from megatron_tw.model.architecture import Architecture, read_architecture
-from megatron_tw.model.build import build_model, check_export_target, load_hf, save_hf
+from megatron_tw.model.build import build_model, check_export_target, save_hf
 from megatron_tw.model.forward import ShortWindowScorer
 from megatron_tw.parallel.devices import Device, peak_memory_bytes, prepare_device
 from megatron_tw.parallel.layout import Layout, make_layout, start_process_group
-from megatron_tw.runtime.checkpoint import (
-    RunState,
-    SavedCheckpoint,
-    check_same_model,
-    check_save_target,
-    find_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from megatron_tw.runtime.checkpoint import RunState, check_save_target, save_checkpoint
 from megatron_tw.runtime.metrics import MetricsLog
 from megatron_tw.runtime.optimizer import make_optimizer, make_scheduler, unwrap, wrap_for_training
+from megatron_tw.runtime.source import ModelSource, open_source
 from megatron_tw.training.step import TrainingStep
 from megatron_tw.weighting import Weighting
 from megatron_tw.weighting.options import weighting_from_options
@@ -33,8 +25,7 @@ class Inputs:
     """What a run starts from, opened and checked before anything is allocated."""
 
     rows: TokenRows
-    architecture: Architecture
-    saved: SavedCheckpoint | None
+    source: ModelSource
     weighting: Weighting
     tokenizer_dir: Path | None
 
@@ -49,7 +40,7 @@ def train(config: RunConfig) -> None:
     start_process_group(device, config.parallel.distributed_timeout_minutes)
     inputs = open_inputs(config)
     layout = make_layout(
-        config.parallel, num_model_chunks=virtual_pipeline_size(config.parallel, inputs.architecture.num_layers)
+        config.parallel, num_model_chunks=virtual_pipeline_size(config.parallel, inputs.source.architecture.num_layers)
     )
     run = Run.start(config, inputs, layout, device)
     run.train()
@@ -67,23 +58,14 @@ def open_inputs(config: RunConfig) -> Inputs:
     check_save_target(config.checkpoint.save, config.checkpoint.load)
     if config.checkpoint.save_hf is not None:
         check_export_target(Path(config.checkpoint.save_hf))
-    saved = find_checkpoint(config.checkpoint.load) if config.checkpoint.load is not None else None
-    if config.model.load_hf is not None:
-        architecture = read_architecture(config.model.load_hf)
-        if saved is not None:
-            check_same_model(saved, architecture)
-            architecture = saved.architecture
-    elif saved is not None:
-        architecture = saved.architecture
-    else:
-        where = f"--load {config.checkpoint.load} holds no checkpoint and " if config.checkpoint.load else ""
-        raise ValueError(f"{where}--load-hf is not given: expected a Hugging Face folder to start from")
+    source = open_source(
+        load=config.checkpoint.load, load_hf=config.model.load_hf, rotary_base=config.model.rotary_base
+    )
     rows = TokenRows(config.data.data_path)
-    check_rows(rows, seq_length=config.data.seq_length, model_vocab_size=architecture.vocab_size)
+    check_rows(rows, seq_length=config.data.seq_length, model_vocab_size=source.architecture.vocab_size)
     return Inputs(
         rows=rows,
-        architecture=architecture.with_rotary_base(config.model.rotary_base),
-        saved=saved,
+        source=source,
         weighting=weighting_from_options(config.weighting),
         tokenizer_dir=rows.path / TOKENIZER_DIR,
     )
@@ -104,11 +86,10 @@ class Run:
     @staticmethod
     def start(config: RunConfig, inputs: Inputs, layout: Layout, device: Device) -> "Run":
         """Build the model, fill it from the checkpoint or the Hugging Face folder, make optimizer, scorer and loader."""
-        architecture = inputs.architecture
-        chunks = build_model(architecture, config.parallel, config.model, layout, device)
-        if inputs.saved is None:
-            assert config.model.load_hf is not None
-            load_hf(chunks, config.model.load_hf, architecture, layout)
+        source = inputs.source
+        chunks = build_model(source.architecture, config.parallel, config.model, layout, device)
+        if source.saved is None:
+            source.fill(chunks, layout)
         model = wrap_for_training(chunks, config)
         optimizer = make_optimizer(model, config)
         scheduler = make_scheduler(optimizer, config)
@@ -121,10 +102,10 @@ class Run:
             dp_size=layout.dp_size,
         )
         iteration = 0
-        if inputs.saved is not None:
-            loader.load_state_dict(inputs.saved.state.loader)
-            iteration = inputs.saved.state.iteration
-            load_checkpoint(inputs.saved, chunks, optimizer, scheduler)
+        if source.saved is not None:
+            loader.load_state_dict(source.saved.state.loader)
+            iteration = source.saved.state.iteration
+            source.fill(chunks, layout, optimizer, scheduler)
         step = TrainingStep(
             model=model,
             optimizer=optimizer,
@@ -166,7 +147,7 @@ class Run:
             save_hf(
                 self.chunks,
                 config.checkpoint.save_hf,
-                self.inputs.architecture,
+                self.inputs.source.architecture,
                 self.layout,
                 max_position_embeddings=config.data.seq_length,
                 tokenizer_dir=self.inputs.tokenizer_dir,
@@ -177,13 +158,15 @@ class Run:
     def _open_log(self) -> MetricsLog | None:
         if not self.layout.reports:
             return None
-        config, saved = self.config, self.inputs.saved
+        config, saved = self.config, self.inputs.source.saved
         save = Path(config.checkpoint.save) if config.checkpoint.save is not None else None
         log = MetricsLog(
             save, config.tensorboard_dir, start_iteration=self.iteration, train_iters=config.train.train_iters
         )
         if saved is not None:
-            log.say(f"resumed from {saved.directory} ({saved.layout}) as {self.layout.describe()}, iteration {self.iteration}")
+            log.say(
+                f"resumed from {saved.directory} ({saved.layout}) as {self.layout.describe()}, iteration {self.iteration}"
+            )
         elif config.checkpoint.load is not None:
             log.say(f"--load {config.checkpoint.load} holds no checkpoint: starting fresh from {config.model.load_hf}")
         log.say(f"{self.layout.describe()}, {len(self.inputs.rows)} rows of {config.data.seq_length} tokens")
@@ -223,7 +206,7 @@ def make_scorer(config: RunConfig, inputs: Inputs, layout: Layout) -> ShortWindo
         return None
     window = config.scorer.short_window
     assert window is not None  # checked with the options
-    bos_id = config.data.bos_id if config.data.bos_id is not None else inputs.architecture.bos_token_id
+    bos_id = config.data.bos_id if config.data.bos_id is not None else inputs.source.architecture.bos_token_id
     return ShortWindowScorer.create(
         config.data.seq_length,
         window,

@@ -26,7 +26,17 @@ from megatron_tw.parallel.layout import Layout, gather_over_context, same_on_ten
 from megatron_tw.parallel.zigzag import zigzag_shard
 from megatron_tw.weighting import Weighting, check_finite, token_weights, unfrozen_short_nll
 
-_SUMS = ("weighted_nll", "nll", "targets", "weight_std", "zero_weights", "weight_beyond_window", "weights", "rows", "nonfinite")
+_SUMS = (
+    "weighted_nll",
+    "nll",
+    "targets",
+    "weight_std",
+    "zero_weights",
+    "weight_beyond_window",
+    "weights",
+    "rows",
+    "nonfinite",
+)
 """What a micro-batch reports, as sums over its rows; summed over micro-batches and data-parallel ranks before any division."""
 
 
@@ -84,7 +94,9 @@ class TrainingStep:
         )
         sums = self._sum_over_run(reports)
         if sums["nonfinite"]:
-            raise ValueError(f"NLL: {sums['nonfinite']:.0f} targets are NaN or infinite; no update was made (see the rank that names one)")
+            raise ValueError(
+                f"NLL: {sums['nonfinite']:.0f} targets are NaN or infinite; no update was made (see the rank that names one)"
+            )
         learning_rate = self.scheduler.get_lr(self.optimizer.param_groups[0])
         updated, grad_norm, _ = self.optimizer.step()
         if not updated:
@@ -114,7 +126,11 @@ class TrainingStep:
             synchronize()
         prepared = []
         for index, (batch, rows_MN) in enumerate(zip(batches, rows_RN.split(size), strict=True)):
-            valid = torch.ones_like(rows_MN[:, 1:], dtype=torch.bool) if batch.valid is None else batch.valid.to(rows_MN.device)
+            valid = (
+                torch.ones_like(rows_MN[:, 1:], dtype=torch.bool)
+                if batch.valid is None
+                else batch.valid.to(rows_MN.device)
+            )
             prepared.append(
                 StepBatch(
                     long_sequences(rows_MN, self.layout),

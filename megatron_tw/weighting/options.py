@@ -19,7 +19,9 @@ def weighting_from_options(options: WeightingOptions) -> Weighting:
     }
     if options.weighting == "custom":
         if "shift" in given:
-            raise ValueError('--shift: a custom scheme says it in --transforms, for example --transforms minus "shift 2.0" max')
+            raise ValueError(
+                '--shift: a custom scheme says it in --transforms, for example --transforms minus "shift 2.0" max'
+            )
         return WeightingConfig(**given)
     parameters = PRESETS[options.weighting].parameters if options.weighting in PRESETS else {}
     scheme = WeightingConfig.preset(options.weighting, **{name: given[name] for name in given if name in parameters})

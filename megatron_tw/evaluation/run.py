@@ -1,0 +1,111 @@
+"""Every target's NLL by a model under any layout: the forward passes of an evaluation.
+
+Rows are dealt to the data-parallel replicas in turn; each goes through the same long forward and short-window forward as in training.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_tw.config import check_parallel, check_seq_length, check_windows, virtual_pipeline_size
+from megatron_tw.config.evaluation import EvaluationConfig
+from megatron_tw.data.rows import TokenRows, check_rows
+from megatron_tw.evaluation.result import EvaluationHeader, EvaluationResult
+from megatron_tw.model.build import build_model, check_export_target
+from megatron_tw.model.forward import ShortWindowScorer, long_nll
+from megatron_tw.parallel.devices import prepare_device
+from megatron_tw.parallel.layout import Layout, make_layout, start_process_group
+from megatron_tw.runtime.source import open_source
+from megatron_tw.weighting import unfrozen_short_nll
+
+
+def evaluate(config: EvaluationConfig) -> EvaluationResult | None:
+    """The NLLs of the model on the held-out rows; on the writing rank (the last pipeline stage's first), None on the others.
+
+    Called on every rank of the launcher's world.
+
+    Raises:
+        ValueError: an option or file that does not fit, before anything is allocated.
+    """
+    device = prepare_device()
+    start_process_group(device, config.parallel.distributed_timeout_minutes)
+    options = config.evaluation
+    check_export_target(Path(options.output), "--output")
+    check_parallel(config.parallel, dist.get_world_size())
+    check_seq_length(config.parallel, options.seq_length)
+    if config.scorer.short_window is not None:
+        check_windows(config.scorer, options.seq_length, config.parallel)
+    source = open_source(load=options.load, load_hf=config.model.load_hf, rotary_base=config.model.rotary_base)
+    architecture = source.architecture
+    rows = TokenRows(options.data_path)
+    check_rows(rows, seq_length=options.seq_length, model_vocab_size=architecture.vocab_size)
+    num_rows = len(rows) if options.eval_rows is None else min(options.eval_rows, len(rows))
+    if num_rows < 1:
+        raise ValueError(f"--eval-rows: expected at least 1, got {options.eval_rows}")
+
+    layout = make_layout(
+        config.parallel, num_model_chunks=virtual_pipeline_size(config.parallel, architecture.num_layers)
+    )
+    chunks = build_model(architecture, config.parallel, config.model, layout, device)
+    source.fill(chunks, layout)
+    scorer = None
+    if config.scorer.short_window is not None:
+        scorer = ShortWindowScorer.create(
+            options.seq_length,
+            config.scorer.short_window,
+            config.scorer.stride(options.seq_length),
+            include_first=False,
+            bos_id=options.bos_id if options.bos_id is not None else architecture.bos_token_id,
+            layout=layout,
+            sequence_parallel=config.parallel.uses_sequence_parallel,
+            scoring_micro_batch=config.scorer.scoring_micro_batch,
+        )
+    # A forward pass takes as many rows as the pipeline wants at a time.
+    rows_per_pass = options.micro_batch_size * layout.pp_size
+    long_parts, short_parts = [], []
+    passes = range(0, -(-num_rows // layout.dp_size), rows_per_pass)
+    for first in tqdm(passes, desc="evaluating", unit="pass", disable=not layout.reports):
+        # Rows past the end stand in for nothing and are dropped below.
+        mine = [min((first + i) * layout.dp_size + layout.dp_rank, num_rows - 1) for i in range(rows_per_pass)]
+        tokens_RN = torch.from_numpy(np.stack([rows[row] for row in mine])).to(device.device)
+        long_RT = long_nll(chunks, tokens_RN, layout, micro_batch_size=options.micro_batch_size)
+        short_RT = scorer.nll(chunks, tokens_RN) if scorer is not None else None
+        if long_RT is not None:
+            long_parts.append(long_RT)
+            if short_RT is not None:
+                assert config.scorer.short_window is not None
+                short_parts.append(unfrozen_short_nll(long_RT, short_RT, config.scorer.short_window))
+    if not layout.is_last_stage:
+        return None
+    long_all = _in_row_order(torch.cat(long_parts), num_rows, layout)
+    short_all = _in_row_order(torch.cat(short_parts), num_rows, layout) if short_parts else None
+    if layout.tp_rank or layout.cp_rank or layout.dp_rank:
+        return None
+    header = EvaluationHeader(
+        model=source.name,
+        layout=layout.describe(),
+        seq_length=options.seq_length,
+        short_window=config.scorer.short_window,
+        short_stride=config.scorer.stride(options.seq_length) if scorer is not None else None,
+        rotary_base=architecture.rotary_base,
+        data_fingerprint=rows.header.fingerprint,
+        tokenizer_fingerprint=rows.header.tokenizer.fingerprint if rows.header.tokenizer is not None else None,
+    )
+    return EvaluationResult(
+        header=header,
+        row_index=np.arange(num_rows),
+        long_nll=long_all,
+        short_nll=short_all,
+        valid=np.ones((num_rows, options.seq_length - 1), dtype=bool),
+    )
+
+
+def _in_row_order(nll_RT: Tensor, num_rows: int, layout: Layout) -> np.ndarray:
+    """Rows 0 .. num_rows - 1 from what every data-parallel replica scored: replica d has rows d, d + dp, ..."""
+    shards = [torch.empty_like(nll_RT) for _ in range(layout.dp_size)]
+    dist.all_gather(shards, nll_RT.contiguous(), group=layout.dp_group)
+    return torch.stack(shards, dim=1).flatten(0, 1)[:num_rows].float().cpu().numpy()

@@ -1,0 +1,74 @@
+"""Where a model comes from: a run's newest checkpoint (--load), or a Hugging Face folder (--load-hf)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_tw.model.architecture import Architecture, read_architecture
+from megatron_tw.model.build import load_hf
+from megatron_tw.model.gpt import TokenWeightedGPT
+from megatron_tw.parallel.layout import Layout
+from megatron_tw.runtime.checkpoint import SavedCheckpoint, check_same_model, find_checkpoint, load_checkpoint
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that can be loaded: its architecture, and the checkpoint (it wins) or folder with its weights."""
+
+    architecture: Architecture
+    saved: SavedCheckpoint | None
+    load_hf: str | None
+
+    @property
+    def name(self) -> str:
+        """The folder the weights come from."""
+        return str(self.saved.directory) if self.saved is not None else str(self.load_hf)
+
+    @property
+    def tokenizer_dir(self) -> Path | None:
+        """Folder with the model's tokenizer files, None when nobody kept them. May hold other files too (a Hugging Face folder)."""
+        if self.saved is not None:
+            return self.saved.tokenizer_dir if self.saved.tokenizer_dir.is_dir() else None
+        return Path(self.load_hf) if self.load_hf is not None else None
+
+    def fill(
+        self,
+        chunks: Sequence[TokenWeightedGPT],
+        layout: Layout,
+        optimizer: MegatronOptimizer | None = None,
+        scheduler: OptimizerParamScheduler | None = None,
+    ) -> None:
+        """Load the weights into `chunks`; from a checkpoint also the states of optimizer and scheduler. Collective over the world."""
+        if self.saved is not None:
+            load_checkpoint(self.saved, chunks, optimizer, scheduler)
+        else:
+            assert self.load_hf is not None
+            load_hf(chunks, self.load_hf, self.architecture, layout)
+
+
+def open_source(*, load: str | None, load_hf: str | None, rotary_base: float | None = None) -> ModelSource:
+    """Find the model and read its architecture; no weights yet.
+
+    rotary_base: new base of the rotary embedding, None keeps the source's.
+
+    Raises:
+        ValueError: neither option names a model, or the checkpoint is of another model than the folder.
+    """
+    saved = find_checkpoint(load) if load is not None else None
+    if load_hf is not None:
+        architecture = read_architecture(load_hf)
+        if saved is not None:
+            check_same_model(saved, architecture)
+            architecture = saved.architecture
+    elif saved is not None:
+        architecture = saved.architecture
+    elif load is not None:
+        raise ValueError(f"--load {load}: holds no checkpoint, and there is no --load-hf to start from")
+    else:
+        raise ValueError(
+            "--load-hf: expected a Hugging Face folder to start from (or --load with a checkpoint), got none"
+        )
+    return ModelSource(architecture.with_rotary_base(rotary_base), saved, load_hf)

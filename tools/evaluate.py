@@ -1,0 +1,32 @@
+"""A model's NLL on held-out rows, by position and on key tokens; alone or under torchrun, in any parallel layout.
+
+torchrun --nproc-per-node 4 tools/evaluate.py --load-hf DIR --data-path DIR --seq-length N --short-window n --output DIR
+"""
+
+import sys
+from collections.abc import Sequence
+
+from megatron_tw.config import load_options, user_errors
+from megatron_tw.config.evaluation import EvaluationConfig
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, evaluate, write, print. A user's mistake is one line on stderr and exit status 2."""
+    config = load_options(
+        argv, EvaluationConfig, prog="tools/evaluate.py", description="Evaluate a model on held-out rows."
+    )
+    with user_errors():
+        from pathlib import Path
+
+        from megatron_tw.evaluation.run import evaluate  # imports torch and Megatron-Core
+        from megatron_tw.evaluation.summary import summarize
+
+        options = config.evaluation
+        result = evaluate(config)
+        if result is not None:
+            result.save(options.output)
+            print(summarize(result, Path(options.output).name, options.key_tokens), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
