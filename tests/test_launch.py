@@ -1,0 +1,189 @@
+"""The published recipe's script, which bash and torchrun both take: on 4 CPU ranks, and from a cluster's variables."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_tw.config import RunConfig, parse_options
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "examples" / "extend_llama3_32k.sh"
+LAUNCHER = (
+    "SLURM_",
+    "MASTER_",
+    "NNODES",
+    "NODE_RANK",
+    "NPROC_PER_NODE",
+    "GPUS_PER_NODE",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_",
+)
+TIMEOUT_SECONDS = 300
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """This process's environment without a launcher's variables; this interpreter and this checkout come first."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER)}
+    path = f"{Path(sys.executable).parent}:{clean['PATH']}"
+    ours = {"PATH": path, "VIRTUAL_ENV": sys.prefix, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return clean | ours | variables
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference's 4 rows of 256 tokens, as tools/preprocess_data.py writes them."""
+    folder = tmp_path_factory.mktemp("rows")
+    with np.load(ROOT / "tests" / "reference" / "windows.npz") as reference:
+        lines = [json.dumps({"input_ids": row.tolist()}) for row in reference["input_ids"]]
+    (folder / "ids.jsonl").write_text("\n".join(lines))
+    options = ["--tokenizer", "none", "--vocab-size", "320", "--bos-id", "1", "--seq-length", "256"]
+    tool = [sys.executable, str(ROOT / "tools" / "preprocess_data.py")]
+    arguments = [*options, "--input", str(folder / "ids.jsonl"), "--output", str(folder / "rows")]
+    subprocess.run([*tool, *arguments], check=True, env=environment(), timeout=TIMEOUT_SECONDS, capture_output=True)
+    return folder / "rows"
+
+
+def overrides(rows: Path, save: Path) -> list[str]:
+    """The recipe cut down to the tiny checkpoint, 4 ranks and 3 steps."""
+    return [
+        *("--load-hf", str(ROOT / "tests" / "reference" / "tiny_llama"), "--data-path", str(rows), "--save", str(save)),
+        *("--seq-length", "256", "--short-window", "64", "--short-stride", "48", "--no-bf16"),
+        *("--train-iters", "3", "--global-batch-size", "2", "--save-interval", "null"),
+        *("--tensor-model-parallel-size", "2", "--context-parallel-size", "2"),
+    ]
+
+
+def test_bash_and_torchrun_run_the_same_recipe(rows: Path, tmp_path: Path) -> None:
+    ways = {
+        "bash": (["bash", str(SCRIPT)], {"NPROC_PER_NODE": "4"}),
+        "torchrun": (["torchrun", "--standalone", "--nproc-per-node", "4", str(SCRIPT)], {}),
+    }
+    metrics, configs = {}, {}
+    for name, (command, variables) in ways.items():
+        save = tmp_path / name
+        result = subprocess.run(
+            command + overrides(rows, save),
+            env=environment(**variables),
+            cwd=tmp_path,  # not the repository: nothing may depend on it
+            timeout=TIMEOUT_SECONDS,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr[-4000:]
+        metrics[name] = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+        configs[name] = parse_options(["--config", str(save / "iter_0000003" / "config.yaml")], RunConfig)
+
+    for name, steps in metrics.items():
+        assert [step["iteration"] for step in steps] == [1, 2, 3], name
+        assert all(np.isfinite(step["weighted_loss"]) and step["weight_std"] > 0 for step in steps), name
+        config = configs[name]
+        assert (config.weighting.weighting, config.weighting.interpolation) == ("dense", 0.75)  # the recipe's
+        assert (config.model.rotary_base, config.optimizer.lr, config.optimizer.lr_warmup_iters) == (1.53e7, 2e-5, 20)
+        assert (config.data.seq_length, config.model.bf16, config.checkpoint.save_interval) == (256, False, None)
+    same = ("weighted_loss", "lm_loss", "grad_norm", "learning_rate")
+    assert [[step[key] for key in same] for step in metrics["bash"]] == [
+        [step[key] for key in same] for step in metrics["torchrun"]
+    ]
+
+
+def test_the_recipe_is_the_published_one() -> None:
+    """arXiv 2503.09202, Llama-3-8B."""
+    needed = ["--data-path", "d", "--load-hf", "m", "--save", "s"]
+    config = parse_options(["--config", str(SCRIPT.with_suffix(".yaml")), *needed], RunConfig)
+    assert (config.data.seq_length, config.scorer.short_window, config.scorer.short_stride) == (32768, 8192, 6144)
+    assert (config.train.train_iters, config.train.micro_batch_size, config.train.global_batch_size) == (240, 1, 128)
+    optimizer = config.optimizer
+    assert (optimizer.lr, optimizer.adam_beta1, optimizer.adam_beta2, optimizer.adam_eps) == (2e-5, 0.9, 0.95, 1e-8)
+    assert (optimizer.weight_decay, optimizer.clip_grad) == (0.01, 1.0)
+    assert (optimizer.lr_decay_style, optimizer.lr_warmup_iters) == ("constant", 20)
+    assert (config.weighting.weighting, config.weighting.interpolation) == ("dense", 0.75)
+    assert (config.checkpoint.save_interval, config.model.bf16, config.model.rotary_base) == (30, True, 15300000.0)
+    assert config.parallel.model_parallel_size == 8
+
+
+def test_a_mistake_is_told_once_by_four_ranks(tmp_path: Path) -> None:
+    result = subprocess.run(
+        ["bash", str(SCRIPT), "--tensor-model-parallel-siz", "2"],
+        env=environment(NPROC_PER_NODE="4"),
+        timeout=TIMEOUT_SECONDS,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode != 0
+    told = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    message = "unknown option --tensor-model-parallel-siz; did you mean --tensor-model-parallel-size?"
+    assert told == [f"error: {message}"]
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Launch:
+    """Run the script with stand-ins for python (prints its arguments), nvidia-smi and scontrol; returns the process."""
+    stand_ins = {
+        "python": 'echo "$@"',
+        "nvidia-smi": "printf 'GPU 0: x\\nGPU 1: y\\n'",
+        "scontrol": '[ "$*" = "show hostnames n[3-4]" ] && printf "n3\\nn4\\n"',
+    }
+    for name, body in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def run(**variables: str) -> subprocess.CompletedProcess[str]:
+        env = environment(**variables)
+        env["PATH"] = f"{tmp_path}:{env['PATH']}"
+        return subprocess.run(
+            ["bash", str(SCRIPT), "--lr", "1e-5", "a b"], env=env, capture_output=True, text=True, check=False
+        )
+
+    return run
+
+
+TAIL = f"{SCRIPT} --lr 1e-5 a b"
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, "--nproc-per-node 2 --standalone"),
+        ({"GPUS_PER_NODE": "8"}, "--nproc-per-node 8 --standalone"),
+        ({"GPUS_PER_NODE": "8", "NPROC_PER_NODE": "4"}, "--nproc-per-node 4 --standalone"),
+        (
+            {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "host0", "MASTER_PORT": "1234"},
+            "--nproc-per-node 2 --nnodes 2 --node-rank 1 --master-addr host0 --master-port 1234",
+        ),
+        (
+            {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "n[3-4]", "SLURM_JOB_ID": "70042"},
+            "--nproc-per-node 2 --nnodes 2 --node-rank 1 --master-addr n3 --master-port 29542",
+        ),
+        ({"SLURM_NNODES": "1", "SLURM_NODEID": "0"}, "--nproc-per-node 2 --standalone"),
+    ],
+)
+def test_bash_starts_torchrun_from_the_clusters_variables(
+    launch: Launch, variables: dict[str, str], expected: str
+) -> None:
+    result = launch(**variables)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == f"-m torch.distributed.run {expected} {TAIL}"
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"NNODES": "2"}, "error: NODE_RANK: expected the number of this node"),
+        ({"NNODES": "2", "NODE_RANK": "0"}, "error: MASTER_ADDR: expected the address of node 0"),
+        ({"SLURM_NNODES": "2", "SLURM_NODEID": "0", "SLURM_LOCALID": "1"}, "error: srun: expected --ntasks-per-node 1"),
+    ],
+)
+def test_what_is_missing_for_several_nodes_is_named(launch: Launch, variables: dict[str, str], message: str) -> None:
+    result = launch(**variables)
+    assert result.returncode == 2
+    assert message in result.stderr
