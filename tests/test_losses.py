@@ -146,15 +146,23 @@ def test_bitwise_the_same_twice_and_inputs_unchanged():
     assert all(torch.equal(a, b) for a, b in zip((hidden, weight, labels), before, strict=True))
 
 
+@pytest.mark.parametrize("certain", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_bf16_error_is_at_most_1_5_times_that_of_the_plain_bf16_path(weighted):
-    """Norms of the errors against fp64 on the same bf16 numbers. Plain: bf16 logits, then cross-entropy in fp32."""
+def test_bf16_error_is_not_above_that_of_the_plain_bf16_path(weighted, certain):
+    """Norms of the errors against fp64 on the same bf16 numbers. Plain: bf16 logits, then cross-entropy in fp32.
+
+    In the certain case a label's probability is near 1: there the error of its logit must cancel, or it is all there is.
+    """
+    bound = 0.8 if certain else 1.05  # measured: 0.59 to 0.75, and 0.83 to 1.00; the label's logit is fp32 here
     sizes = {"seq": 96, "batch": 2, "width": 64, "vocab": 509, "padded": 512, "seed": 2}
     hidden, weight, labels = make_inputs(torch.bfloat16, **sizes)
     hidden.data.mul_(0.5)
+    if certain:
+        hidden.data += 0.3 * weight.data[labels.clamp(min=0)]
     token_weights = token_weight_cases(96, 2)["a third is zero"].float() if weighted else torch.ones(96, 2)
     exact_hidden, exact_weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
     exact_nll = reference_nll(exact_hidden, exact_weight, labels, 509)
+    assert (exact_nll.median() < 0.1) == certain
     exact = exact_nll, *gradients(exact_nll, token_weights, exact_hidden, exact_weight)
     logits = F.linear(hidden, weight)[..., :509].float().flatten(0, 1)
     plain_nll = F.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="none").view(labels.shape)
@@ -163,7 +171,7 @@ def test_bf16_error_is_at_most_1_5_times_that_of_the_plain_bf16_path(weighted):
     assert nll.dtype == torch.float32
     ours = nll, *gradients(nll, token_weights, hidden, weight)
     for our, their, right in zip(ours, plain, exact, strict=True):
-        assert (our - right).norm() <= 1.5 * (their - right).norm()
+        assert (our - right).norm() <= bound * (their - right).norm()
 
 
 def test_under_no_grad_nothing_is_saved():

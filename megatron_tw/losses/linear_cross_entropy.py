@@ -124,14 +124,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_LH = hidden.flatten(0, 1)
         labels_GL = labels_SB.reshape(layout.num_shards, len(hidden_LH))
         weight_VH = weight[: shard.size].to(layout.gemm_dtype)
-        max_GL, sum_GL, target_GL = torch.zeros((3, *labels_GL.shape), dtype=layout.sum_dtype, device=hidden.device)
+        statistics_3GL = torch.zeros((3, *labels_GL.shape), dtype=layout.sum_dtype, device=hidden.device)
         for rows in layout.chunks(len(hidden_LH)):
             hidden_MH = layout.gather(hidden_LH[rows])
-            logits_MV = (hidden_MH @ weight_VH.T).to(layout.sum_dtype)
-            target_GL[:, rows] = _target_logits(logits_MV, hidden_MH, weight_VH, labels_GL[:, rows], shard)
+            logits_MV, target_M = _chunk_logits(hidden_MH, weight_VH, labels_GL[:, rows].flatten(), layout)
             max_M, sum_M = shard_statistics(logits_MV)
-            max_GL[:, rows], sum_GL[:, rows] = max_M.view(layout.num_shards, -1), sum_M.view(layout.num_shards, -1)
-        lse_GL, target_GL = combine_shards(max_GL, sum_GL, target_GL, layout.tp_group)
+            statistics_3GL[:, :, rows] = torch.stack([max_M, sum_M, target_M]).view(3, layout.num_shards, -1)
+        lse_GL, target_GL = combine_shards(statistics_3GL, layout.tp_group)
         ctx.save_for_backward(hidden, weight, labels_GL, lse_GL)
         ctx.layout = layout  # type: ignore[attr-defined]
         # The Parameter itself, for main_grad and Megatron's marks on it: unpacking a saved tensor may give another
@@ -158,8 +157,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 index_GC = index_GR[:, rows]
                 own_index_C = index_GC[own_shard]
                 hidden_MH = layout.gather(hidden_LH[own_index_C])
-                logits_MV = (hidden_MH @ weight_VH.T).to(layout.sum_dtype)
                 lse_M, labels_M = lse_GL.gather(1, index_GC).flatten(), labels_GL.gather(1, index_GC).flatten()
+                logits_MV, _ = _chunk_logits(hidden_MH, weight_VH, labels_M, layout)
                 grad_MV = logit_gradient_(logits_MV, lse_M, labels_M, grad_GR[:, rows].flatten(), shard)
                 if grad_hidden is not None:
                     grad_MH = grad_MV.to(layout.gemm_dtype) @ weight_VH  # sums over the vocabulary in fp32 or better
@@ -169,39 +168,42 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_hidden is not None:
                     if work is not None:
                         work.wait()
-                    # Padding repeats row 0 with gradient 0: add, so that it changes nothing.
-                    grad_hidden.flatten(0, 1).index_add_(0, own_index_C, grad_CH.to(hidden.dtype))
+                    grad_hidden.flatten(0, 1)[own_index_C] = grad_CH.to(hidden.dtype)
         return grad_hidden, None if weight_grad is None else weight_grad.finish(), None, None
 
 
-def _target_logits(
-    logits_MV: Tensor, hidden_MH: Tensor, weight_VH: Tensor, labels_GC: Tensor, shard: VocabShard
-) -> Tensor:
-    """Logit of each label in fp32 or better, [G, C]; 0 where the label is in another shard."""
-    if shard.size == 0:
-        return torch.zeros(labels_GC.shape, dtype=logits_MV.dtype, device=logits_MV.device)
-    index_M, here_M = shard.local(labels_GC.flatten())
-    if hidden_MH.dtype == logits_MV.dtype:
-        target_M = logits_MV.gather(1, index_M[:, None])[:, 0]
-    else:  # the GEMM has rounded its output: NLL differences of long and short contexts would show it
-        target_M = (hidden_MH.to(logits_MV.dtype) * weight_VH[index_M].to(logits_MV.dtype)).sum(dim=1)
-    return (target_M * here_M).view(labels_GC.shape)
+def _chunk_logits(hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, layout: _Layout) -> tuple[Tensor, Tensor]:
+    """Logits in fp32 or better, and those of the labels (0 where the label is in another shard).
+
+    A GEMM in low precision rounds what it writes. NLL differences of long and short contexts would show that for the
+    label's logit, so it is taken again as a dot product in fp32, and put among the logits too: where the label is almost
+    certain, its share of the log-sum-exp must cancel against it.
+    """
+    logits_MV = (hidden_MH @ weight_VH.T).to(layout.sum_dtype)
+    if layout.shard.size == 0:
+        return logits_MV, logits_MV.new_zeros(len(labels_M))
+    index_M, here_M = layout.shard.local(labels_M)
+    target_M = logits_MV.gather(1, index_M[:, None])[:, 0]
+    if layout.gemm_dtype != layout.sum_dtype:
+        exact_M = (hidden_MH.to(layout.sum_dtype) * weight_VH[index_M].to(layout.sum_dtype)).sum(dim=1)
+        target_M = torch.where(here_M, exact_M, target_M)
+        logits_MV.scatter_(1, index_M[:, None], target_M[:, None])
+    return logits_MV, target_M * here_M
 
 
 def _choose_rows(grad_GL: Tensor, layout: _Layout) -> tuple[Tensor, Tensor]:
-    """Rows with a non-zero gradient: index into each shard and gradient, [G, R], padded to the fullest shard's count.
+    """Rows with a non-zero gradient: index into each shard and gradient, [G, R] for the R of the fullest shard.
 
-    Padding has index 0 and gradient 0. All tensor-parallel ranks choose the same, or their collectives would not match.
+    Shards with fewer are filled up with rows of gradient 0, which add nothing. All tensor-parallel ranks choose the same
+    rows, or their collectives would not match.
     """
     chosen_GL = (grad_GL != 0).to(torch.uint8)
     if layout.tp_group is not None:
-        dist.all_reduce(chosen_GL, dist.ReduceOp.MAX, group=layout.tp_group)  # ranks could differ by rounding to zero
-    counts_G = chosen_GL.sum(dim=1)
-    num_rows = int(counts_G.max()) if chosen_GL.numel() else 0
+        dist.all_reduce(chosen_GL, dist.ReduceOp.MAX, group=layout.tp_group)  # rounding to zero could differ by rank
+    num_rows = int(chosen_GL.sum(dim=1).max()) if chosen_GL.numel() else 0
     # A stable sort puts the chosen rows first and leaves them in order.
     index_GR = chosen_GL.argsort(dim=1, descending=True, stable=True)[:, :num_rows]
-    padding_GR = torch.arange(num_rows, device=grad_GL.device) >= counts_G[:, None]
-    return index_GR.masked_fill(padding_GR, 0), grad_GL.gather(1, index_GR).masked_fill(padding_GR, 0.0)
+    return index_GR, grad_GL.gather(1, index_GR)
 
 
 class _WeightGrad:

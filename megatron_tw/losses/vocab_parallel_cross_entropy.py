@@ -64,14 +64,15 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         logits_TV, labels_T = logits_SBV.flatten(0, 1)[:, : shard.size], labels_SB.flatten()
         dtype = torch.float64 if logits_TV.dtype == torch.float64 else torch.float32
-        max_T, sum_T, target_T = logits_TV.new_zeros(3, len(labels_T), dtype=dtype)
+        statistics_3T = logits_TV.new_zeros(3, len(labels_T), dtype=dtype)
+        max_T, sum_T, target_T = statistics_3T
         for rows in _row_chunks(logits_TV):
             chunk_TV = logits_TV[rows].to(dtype, copy=True)
             if shard.size > 0:
                 index_T, here_T = shard.local(labels_T[rows])
                 target_T[rows] = chunk_TV.gather(1, index_T[:, None])[:, 0] * here_T
             max_T[rows], sum_T[rows] = shard_statistics(chunk_TV)
-        lse_T, target_T = combine_shards(max_T, sum_T, target_T, tp_group)
+        lse_T, target_T = combine_shards(statistics_3T, tp_group)
         ctx.save_for_backward(logits_SBV, labels_SB, lse_T)
         ctx.shard, ctx.ignore_index = shard, ignore_index  # type: ignore[attr-defined]
         return torch.where(labels_T == ignore_index, 0.0, lse_T - target_T).view_as(labels_SB)

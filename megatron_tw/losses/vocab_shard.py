@@ -61,22 +61,20 @@ def shard_statistics(logits_TV: Tensor) -> tuple[Tensor, Tensor]:
     return max_T, logits_TV.sub_(max_T[:, None]).exp_().sum(dim=1)
 
 
-def combine_shards(
-    max_T: Tensor, sum_T: Tensor, target_T: Tensor, tp_group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """Log of the softmax's denominator, and the target logit, over all shards. One MAX and one SUM all-reduce.
+def combine_shards(statistics_3T: Tensor, tp_group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Log of the softmax's denominator, and the label's logit, over all shards. One MAX and one SUM all-reduce.
 
-    Args (all of one shape, which the results have too):
-        max_T: maximum of this shard's logits.
-        sum_T: sum of exp(logit - max_T) over this shard.
-        target_T: logit of the label, 0 where it is in another shard.
+    Args:
+        statistics_3T: of this shard's logits the maximum, the sum of exp(logit - maximum), and the label's logit (0 where
+            the label is in another shard), in this order; T stands for any shape.
     """
+    max_T, sum_T, target_T = statistics_3T
     if tp_group is None or tp_group.size() == 1:
         return max_T + sum_T.log(), target_T
     total_max_T = max_T.clone()
     dist.all_reduce(total_max_T, dist.ReduceOp.MAX, group=tp_group)  # the same shift on all shards
     sums_2T = torch.stack([sum_T * (max_T - total_max_T).exp(), target_T])
-    dist.all_reduce(sums_2T, group=tp_group)  # denominator, and the target logit that one shard alone has
+    dist.all_reduce(sums_2T, group=tp_group)  # denominator, and the logit that one shard alone has
     return total_max_T + sums_2T[0].log(), sums_2T[1]
 
 
