@@ -82,15 +82,15 @@ EVERY_LAYOUT = LAYOUTS + [
 
 def options(axes: Axes, data: Path, **changes) -> RunConfig:
     """A run of the tiny Llama on reference rows, as the reference runs were made."""
-    sections = dict(
-        parallel=axes.parallel(),
-        model=ModelConfig(load_hf=str(TINY_LLAMA)),
-        data=DataConfig(data_path=str(data), seq_length=SEQ_LENGTH, shuffle=False, bos_id=BOS),
-        train=TrainConfig(train_iters=12, global_batch_size=2),
-        optimizer=OptimizationConfig(lr=1e-3, weight_decay=0.01, clip_grad=1.0, adam_beta1=0.9, adam_beta2=0.95),
-        scorer=ScorerConfig(short_window=WINDOW, short_stride=STRIDE),
-        checkpoint=CheckpointConfig(),
-    )
+    sections = {
+        "parallel": axes.parallel(),
+        "model": ModelConfig(load_hf=str(TINY_LLAMA)),
+        "data": DataConfig(data_path=str(data), seq_length=SEQ_LENGTH, shuffle=False, bos_id=BOS),
+        "train": TrainConfig(train_iters=12, global_batch_size=2),
+        "optimizer": OptimizationConfig(lr=1e-3, weight_decay=0.01, clip_grad=1.0, adam_beta1=0.9, adam_beta2=0.95),
+        "scorer": ScorerConfig(short_window=WINDOW, short_stride=STRIDE),
+        "checkpoint": CheckpointConfig(),
+    }
     return RunConfig(**{**sections, **changes})
 
 
@@ -187,15 +187,17 @@ def test_stop_and_resume(before, after, ranks, reference_data, tmp_path):
 
 
 def collectives_of_scoring(axes: Axes, data: Path) -> tuple[int, list[int], int]:
-    """On a rank: windows run by this rank, sizes in elements of what the scoring pass moves over its context-parallel group."""
+    """On a rank: windows run by this rank, sizes in elements of what the scoring pass moves over its context-parallel
+    group."""
     sizes: list[int] = []
     with layout_of(axes) as layout:
         _, chunks = load_tiny(axes, layout)
         scorer = ShortWindowScorer.create(
             SEQ_LENGTH, WINDOW, STRIDE, include_first=False, bos_id=BOS, layout=layout, sequence_parallel=axes.tp > 1
         )
-        own = {name: getattr(dist, name) for name in ("all_reduce", "all_gather", "broadcast", "reduce_scatter", "all_to_all",
-                                                      "all_gather_into_tensor", "reduce_scatter_tensor", "send", "isend")}  # fmt: skip
+        names = ("all_reduce", "all_gather", "broadcast", "reduce_scatter", "all_to_all", "all_gather_into_tensor",
+                 "reduce_scatter_tensor", "send", "isend")  # fmt: skip
+        own = {name: getattr(dist, name) for name in names}
 
         def counting(name):
             def call(tensor, *args, **kwargs):

@@ -22,14 +22,17 @@ class EvaluationOptions:
     micro_batch_size: int = 1
     """Rows of one forward pass of one copy of the model."""
     bos_id: int | None = None
-    """Id of the token that rows begin with, which the short windows then begin with too (null: the checkpoint's bos_token_id)."""
+    """Id of the token that rows begin with, which the short windows then begin with too (null: the checkpoint's
+    bos_token_id)."""
     key_tokens: str | None = None
-    """Earlier evaluation, with short windows, whose key tokens this model's NLL is reported on (null: this model's own)."""
+    """Earlier evaluation, with short windows, whose key tokens this model's NLL is reported on (null: this model's
+    own)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """All options of an evaluation. With --short-window the NLL in short windows is made too, which choosing key tokens needs."""
+    """All options of an evaluation. With --short-window the NLL in short windows is made too, which choosing key
+    tokens needs."""
 
     evaluation: EvaluationOptions
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

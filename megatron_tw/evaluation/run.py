@@ -1,6 +1,7 @@
 """Every target's NLL by a model under any layout: the forward passes of an evaluation.
 
-Rows are dealt to the data-parallel replicas in turn; each goes through the same long forward and short-window forward as in training.
+Rows are dealt to the data-parallel replicas in turn; each goes through the same long forward and short-window forward
+as in training.
 """
 
 from pathlib import Path
@@ -19,12 +20,13 @@ from megatron_tw.model.build import build_model, check_export_target
 from megatron_tw.model.forward import ShortWindowScorer, long_nll
 from megatron_tw.parallel.devices import prepare_device
 from megatron_tw.parallel.layout import Layout, make_layout, start_process_group
-from megatron_tw.runtime.source import open_source
+from megatron_tw.runtime.source import open_source, row_bos_id
 from megatron_tw.weighting import unfrozen_short_nll
 
 
 def evaluate(config: EvaluationConfig) -> EvaluationResult | None:
-    """The NLLs of the model on the held-out rows; on the writing rank (the last pipeline stage's first), None on the others.
+    """The NLLs of the model on the held-out rows; on the writing rank (the last pipeline stage's first), None on the
+    others.
 
     Called on every rank of the launcher's world.
 
@@ -59,7 +61,7 @@ def evaluate(config: EvaluationConfig) -> EvaluationResult | None:
             config.scorer.short_window,
             config.scorer.stride(options.seq_length),
             include_first=False,
-            bos_id=options.bos_id if options.bos_id is not None else architecture.bos_token_id,
+            bos_id=row_bos_id(options.bos_id, rows, architecture),
             layout=layout,
             sequence_parallel=config.parallel.uses_sequence_parallel,
             scoring_micro_batch=config.scorer.scoring_micro_batch,

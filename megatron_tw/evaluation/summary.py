@@ -9,10 +9,10 @@ from megatron_tw.evaluation.result import EvaluationResult
 
 
 def summarize(result: EvaluationResult, name: str, key_tokens: str | None) -> str:
-    """NLL overall, by position bucket, and on key tokens: those of the evaluation in folder `key_tokens`, else the model's own."""
-    lines = [
-        f"{name}: {len(result.row_index)} rows of {result.header.seq_length} tokens, NLL {mean_nll(result.long_nll, result.valid):.4f}"
-    ]
+    """NLL overall, by position bucket, and on key tokens: those of the evaluation in folder `key_tokens`, else the
+    model's own."""
+    mean = mean_nll(result.long_nll, result.valid)
+    lines = [f"{name}: {len(result.row_index)} rows of {result.header.seq_length} tokens, NLL {mean:.4f}"]
     edges = position_edges(result.header.seq_length, old_context=result.header.short_window)
     for bucket in nll_by_position(result.long_nll, result.valid, edges):
         figure = "no target" if bucket.nll is None else f"{bucket.nll:.4f}"

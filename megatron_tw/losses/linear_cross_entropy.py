@@ -176,8 +176,8 @@ def _chunk_logits(hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, layout
     """Logits in fp32 or better, and those of the labels (0 where the label is in another shard).
 
     A GEMM in low precision rounds what it writes. NLL differences of long and short contexts would show that for the
-    label's logit, so it is taken again as a dot product in fp32, and put among the logits too: where the label is almost
-    certain, its share of the log-sum-exp must cancel against it.
+    label's logit, so it is taken again as a dot product in fp32, and put among the logits too: where the label is
+    almost certain, its share of the log-sum-exp must cancel against it.
     """
     logits_MV = (hidden_MH @ weight_VH.T).to(layout.sum_dtype)
     if layout.shard.size == 0:
@@ -194,8 +194,8 @@ def _chunk_logits(hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, layout
 def _choose_rows(grad_GL: Tensor, layout: _Layout) -> tuple[Tensor, Tensor]:
     """Rows with a non-zero gradient: index into each shard and gradient, [G, R] for the R of the fullest shard.
 
-    Shards with fewer are filled up with rows of gradient 0, which add nothing. All tensor-parallel ranks choose the same
-    rows, or their collectives would not match.
+    Shards with fewer are filled up with rows of gradient 0, which add nothing. All tensor-parallel ranks choose the
+    same rows, or their collectives would not match.
     """
     chosen_GL = (grad_GL != 0).to(torch.uint8)
     if layout.tp_group is not None:

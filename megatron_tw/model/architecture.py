@@ -1,4 +1,5 @@
-"""What a Hugging Face config.json says of a model of the Llama family, and the Megatron-Core configuration that follows."""
+"""What a Hugging Face config.json says of a model of the Llama family, and the Megatron-Core configuration that
+follows."""
 
 import json
 from dataclasses import dataclass, replace
@@ -52,7 +53,8 @@ def read_architecture(directory: str | Path) -> Architecture:
     """Read `directory`/config.json, as transformers 4 or 5 wrote it.
 
     Raises:
-        ValueError: no such file, not JSON, not of the Llama family, or with a feature (bias, another activation) that the
+        ValueError: no such file, not JSON, not of the Llama family, or with a feature (bias, another activation) that
+        the
             Megatron-Core model here does not have; the message names the file and the key.
     """
     path = Path(directory) / "config.json"
@@ -110,15 +112,12 @@ def _rope_parameters(raw: dict[str, Any], source: str) -> dict[str, Any]:
         rope.setdefault("rope_type", rope.pop("type", "default"))
     rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
     rope.setdefault("rope_type", "default")
-    if rope["rope_type"] == "dynamic":
-        raise ValueError(
-            f"{source}: rope_type 'dynamic' depends on the length of each input and cannot be trained with"
-        )
     return rope
 
 
 def export_hf_config(architecture: Architecture, *, max_position_embeddings: int, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json for export: rotary base, scaling, length and dtype as the model now has them, readable by transformers 4 and 5.
+    """config.json for export: rotary base, scaling, length and dtype as the model now has them, readable by
+    transformers 4 and 5.
 
     max_position_embeddings: the new context length in tokens; never written smaller than the model's own.
     """
@@ -138,11 +137,19 @@ def export_hf_config(architecture: Architecture, *, max_position_embeddings: int
     return config
 
 
-def rotary_frequencies(architecture: Architecture) -> Tensor:
-    """Inverse frequencies [head_dim / 2] fp32, as transformers computes them for this rope.
+@dataclass(frozen=True)
+class Rotary:
+    """Inverse frequencies [head_dim / 2] fp32, and the factor on queries and keys (yarn's; 1 for most)."""
+
+    inv_freq: Tensor
+    attention_factor: float
+
+
+def rotary_embedding(architecture: Architecture) -> Rotary:
+    """What transformers computes for this rope.
 
     Raises:
-        ValueError: a rope type that transformers does not know, or one that also rescales attention (yarn's and longrope's factor).
+        ValueError: a rope type that transformers does not know, or whose frequencies depend on each input's length.
     """
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -150,9 +157,10 @@ def rotary_frequencies(architecture: Architecture) -> Tensor:
     rope_type = architecture.rope["rope_type"]
     if rope_type == "default":
         exponents = torch.arange(0, architecture.head_dim, 2, dtype=torch.int64).float() / architecture.head_dim
-        return 1.0 / (architecture.rotary_base**exponents)
-    if rope_type not in ROPE_INIT_FUNCTIONS:
-        raise ValueError(f"config.json: rope_type: expected one of {sorted(ROPE_INIT_FUNCTIONS)}, got {rope_type!r}")
+        return Rotary(1.0 / (architecture.rotary_base**exponents), 1.0)
+    supported = sorted(set(ROPE_INIT_FUNCTIONS) - {"dynamic", "longrope", "proportional"})
+    if rope_type not in supported:
+        raise ValueError(f"config.json: rope_type: expected default or one of {supported}, got {rope_type!r}")
     hf = LlamaConfig(
         hidden_size=architecture.hidden_size,
         num_attention_heads=architecture.num_attention_heads,
@@ -161,12 +169,7 @@ def rotary_frequencies(architecture: Architecture) -> Tensor:
         rope_parameters=dict(architecture.rope),
     )
     inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](hf, torch.device("cpu"))
-    if attention_factor != 1.0:
-        raise ValueError(
-            f"config.json: rope_type {rope_type!r} rescales attention by {attention_factor:.4g}, which is not supported; "
-            "use rope_type default, linear or llama3"
-        )
-    return inv_freq
+    return Rotary(inv_freq, float(attention_factor))
 
 
 def transformer_config(
@@ -196,6 +199,8 @@ def transformer_config(
         num_attention_heads=architecture.num_attention_heads,
         num_query_groups=architecture.num_query_groups,
         kv_channels=architecture.head_dim,
+        # Queries and keys are both multiplied by the rope's factor; on their products that is a scale.
+        softmax_scale=rotary_embedding(architecture).attention_factor ** 2 / architecture.head_dim**0.5,
         layernorm_epsilon=architecture.norm_epsilon,
         normalization="RMSNorm",
         gated_linear_unit=True,
@@ -214,7 +219,8 @@ def transformer_config(
         params_dtype=torch.bfloat16 if model.bf16 else torch.float32,
         pipeline_dtype=torch.bfloat16 if model.bf16 else torch.float32,
         calculate_per_token_loss=True,
-        # Every weight is read from a checkpoint. Not perform_initialization=False: Megatron-Core marks weights as tensor-parallel
+        # Every weight is read from a checkpoint. Not perform_initialization=False: Megatron-Core marks weights as
+        # tensor-parallel
         # only while it initializes them, and counts the unmarked ones just once in the gradient norm.
         init_method=_leave_unfilled,
         output_layer_init_method=_leave_unfilled,

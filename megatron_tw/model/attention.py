@@ -1,9 +1,10 @@
-"""Core attention under context parallelism without Transformer Engine, on CPU and GPU. S = this rank's tokens, N = all tokens,
+"""Core attention under context parallelism without Transformer Engine, on CPU and GPU. S = this rank's tokens, N =
+all tokens,
 B = batch, H = query heads, G = key-value heads, D = head size.
 
-Keys and values are gathered over the context-parallel group (differentiable: the backward pass reduce-scatters), and each of this
-rank's two zigzag chunks attends to the keys up to its own end, with PyTorch's scaled_dot_product_attention and a bottom-right
-causal mask.
+Keys and values are gathered over the context-parallel group (differentiable: the backward pass reduce-scatters), and
+each of this rank's two zigzag chunks attends to the keys up to its own end, with PyTorch's
+scaled_dot_product_attention and a bottom-right causal mask.
 """
 
 from typing import Any
@@ -82,13 +83,14 @@ class ContextParallelAttention(MegatronModule):
             out_BHSD = torch.cat(outputs, dim=2)
         return out_BHSD.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """No parameters, nothing in a checkpoint."""
         return {}
 
 
 class _GatherKeysValues(torch.autograd.Function):
-    """[2, B, G, S, D] of every rank -> [2, B, G, N, D] in sequence order; backward: summed over ranks, this rank's slice."""
+    """[2, B, G, S, D] of every rank -> [2, B, G, N, D] in sequence order; backward: summed over ranks, this rank's
+    slice."""
 
     @staticmethod
     def forward(ctx: Any, kv_local: Tensor, group: dist.ProcessGroup, rank: int) -> Tensor:

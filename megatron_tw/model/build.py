@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,7 +28,8 @@ def build_model(
     """This rank's model chunks (one without interleaving), parameters allocated on the device and not yet filled.
 
     Raises:
-        ValueError: `--transformer-impl transformer_engine` where it is not installed, or a layout that the model does not admit.
+        ValueError: `--transformer-impl transformer_engine` where it is not installed, or a layout that the model does
+        not admit.
     """
     wanted = model.transformer_impl
     available = transformer_engine_available()
@@ -58,7 +60,9 @@ def build_model(
     return chunks
 
 
-def load_hf(chunks: list[TokenWeightedGPT], directory: str | Path, architecture: Architecture, layout: Layout) -> None:
+def load_hf(
+    chunks: Sequence[TokenWeightedGPT], directory: str | Path, architecture: Architecture, layout: Layout
+) -> None:
     """Fill the model from a Hugging Face folder. Each rank reads only the slices that it owns.
 
     Raises:
@@ -82,10 +86,11 @@ def save_hf(
     max_position_embeddings: int,
     tokenizer_dir: str | Path | None = None,
 ) -> None:
-    """Write the model as a Hugging Face folder: safetensors, config.json with its rotary base and length, tokenizer files.
+    """Write the model as a Hugging Face folder: safetensors, config.json with its rotary base and length, tokenizer
+    files.
 
-    Collective over the world; `directory` must be on storage that all ranks share. Written beside it first and renamed when
-    complete, so an interrupted export leaves nothing half-written.
+    Collective over the world; `directory` must be on storage that all ranks share. Written beside it first and
+    renamed when complete, so an interrupted export leaves nothing half-written.
 
     Raises:
         ValueError: `directory` exists and is not empty.
@@ -108,8 +113,8 @@ def save_hf(
         dtype = next(chunks[0].parameters()).dtype
         config = export_hf_config(architecture, max_position_embeddings=max_position_embeddings, dtype=dtype)
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        if tokenizer_dir is not None and Path(tokenizer_dir).is_dir():
-            shutil.copytree(tokenizer_dir, partial, dirs_exist_ok=True)
+        if tokenizer_dir is not None:
+            copy_tokenizer(Path(tokenizer_dir), partial)
         if target.exists():
             target.rmdir()
         partial.rename(target)
@@ -122,10 +127,21 @@ def check_export_target(target: Path, option: str = "--save-hf") -> None:
         raise ValueError(f"{option} {target}: expected a new or empty folder, found one that holds files")
 
 
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer files of a folder (and a generation_config.json), whatever else it holds, into `target`."""
+    for pattern in ("token*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
+                    "chat_template*", "generation_config.json"):  # fmt: skip
+        for file in source.glob(pattern):
+            if file.is_file():
+                target.mkdir(exist_ok=True)
+                shutil.copy(file, target / file.name)
+
+
 def _write_shards(
     chunks: list[TokenWeightedGPT], architecture: Architecture, layout: Layout, folder: Path
 ) -> dict[str, list[str]]:
-    """This pipeline stage's tensors in files of up to MAX_SHARD_BYTES, written by tensor-parallel rank 0. Returns file -> names."""
+    """This pipeline stage's tensors in files of up to MAX_SHARD_BYTES, written by tensor-parallel rank 0. Returns
+    file -> names."""
     pending: dict[str, Tensor] = {}
     written: dict[str, list[str]] = {}
 
@@ -150,7 +166,8 @@ def _write_shards(
 
 
 def _gather_shards(parameter: Tensor, layout: Layout) -> list[Tensor] | None:
-    """The parameter's shards in tensor-parallel order on tensor-parallel rank 0 (one at a time in memory), None elsewhere."""
+    """The parameter's shards in tensor-parallel order on tensor-parallel rank 0 (one at a time in memory), None
+    elsewhere."""
     if layout.tp_size == 1:
         return [parameter]
     shards = [torch.empty_like(parameter) for _ in range(layout.tp_size)]
@@ -163,7 +180,7 @@ def _number_files(files: dict[str, list[str]], folder: Path) -> None:
     if len(files) == 1:
         (folder / next(iter(files))).rename(folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, file in enumerate(sorted(files), start=1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         (folder / file).rename(folder / name)

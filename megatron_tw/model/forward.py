@@ -1,10 +1,12 @@
 """The long forward and the short-window forward of whole rows, through Megatron's pipeline schedules.
 
-R = rows, N = tokens of a row, n = tokens of a window, S = tokens of a sequence that this rank holds, M = sequences of a micro-batch.
+R = rows, N = tokens of a row, n = tokens of a window, S = tokens of a sequence that this rank holds, M = sequences of
+a micro-batch.
 
-The short windows are views of the rows that every rank of a replica already has. With K windows a row and C context-parallel
-ranks, the ranks form the largest number of equal sub-groups that is at most K (C of them, single ranks, when K >= C); the windows
-are dealt out to the sub-groups, each of which runs its own as ordinary sequences. What is exchanged is one fp32 NLL a target.
+The short windows are views of the rows that every rank of a replica already has. With K windows a row and C
+context-parallel ranks, the ranks form the largest number of equal sub-groups that is at most K (C of them, single
+ranks, when K >= C); the windows are dealt out to the sub-groups, each of which runs its own as ordinary sequences.
+What is exchanged is one fp32 NLL a target.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +28,8 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Sequences:
-    """One micro-batch as the model takes it: ids and labels [M, S] of the local tokens, and the layout that made them."""
+    """One micro-batch as the model takes it: ids and labels [M, S] of the local tokens, and the layout that made
+    them."""
 
     ids_MS: Tensor
     labels_MS: Tensor
@@ -34,7 +37,8 @@ class Sequences:
 
 
 def long_sequences(rows_RN: Tensor, layout: Layout) -> Sequences:
-    """Whole rows [R, N] as sequences over the context-parallel group; position i predicts token i + 1, the last has no target."""
+    """Whole rows [R, N] as sequences over the context-parallel group; position i predicts token i + 1, the last has
+    no target."""
     shard = SequenceShard.over(layout.cp_group, rows_RN.shape[1])
     labels_RN = torch.nn.functional.pad(rows_RN[:, 1:], (0, 1), value=IGNORED)
     return shard_sequences(rows_RN, labels_RN, shard)
@@ -67,10 +71,11 @@ def run_schedule(
     layout: Layout,
     forward_only: bool,
 ) -> list[Any]:
-    """Megatron's schedule for this layout over `micro_batches`; returns what the loss function reported, on the last stage.
+    """Megatron's schedule for this layout over `micro_batches`; returns what the loss function reported, on the last
+    stage.
 
-    local_length: tokens of a sequence that one context-parallel rank holds. The schedules are given a whole length, which they
-    divide by the context-parallel size.
+    local_length: tokens of a sequence that one context-parallel rank holds. The schedules are given a whole length,
+    which they divide by the context-parallel size.
     """
     iterators: list[Iterator[Any]] = [iter(micro_batches) for _ in model]
     return get_forward_backward_func()(
@@ -86,7 +91,8 @@ def run_schedule(
 
 @torch.no_grad()
 def forward_nll(model: Sequence[torch.nn.Module], micro_batches: Sequence[Sequences], layout: Layout) -> list[Tensor]:
-    """Forward-only pass: local NLL [M, S] fp32 of every micro-batch on the last pipeline stage, an empty list on others.
+    """Forward-only pass: local NLL [M, S] fp32 of every micro-batch on the last pipeline stage, an empty list on
+    others.
 
     Nothing is left behind: train or eval mode is restored, nothing is saved for backward.
     """
@@ -122,7 +128,8 @@ def long_nll(
 ) -> Tensor | None:
     """NLL [R, N-1] fp32 of every target with its full context, forward only; None before the last pipeline stage.
 
-    rows_RN: int64 on the device, R a multiple of micro_batch_size (and R / micro_batch_size of the pipeline size under interleaving).
+    rows_RN: int64 on the device, R a multiple of micro_batch_size (and R / micro_batch_size of the pipeline size
+    under interleaving).
     """
     batches = [long_sequences(rows, layout) for rows in rows_RN.split(micro_batch_size)]
     nlls = forward_nll(model, batches, layout)
@@ -136,8 +143,8 @@ class ShortWindowScorer:
     """The short-window forward of one run: which windows this rank runs, and in which sub-group.
 
     windows: all windows of a row. mine: those of this rank's sub-group. group: the sub-group (None: this rank alone).
-    padded_length: tokens of a window with the padding that sharding wants; padding stands behind the last token, which no
-    earlier token sees. bos_id: replaces a window's first token where the row begins with it; None never does.
+    padded_length: tokens of a window with the padding that sharding wants; padding stands behind the last token,
+    which no earlier token sees. bos_id: replaces a window's first token where the row begins with it; None never does.
     scoring_micro_batch: windows that run at once.
     """
 
@@ -164,7 +171,8 @@ class ShortWindowScorer:
     ) -> "ShortWindowScorer":
         """Deal the windows out. Collective over the world (it may create groups).
 
-        include_first: whether window 0 is run (a frozen scorer) or targets 1..n are left to the long NLL (the unfrozen one).
+        include_first: whether window 0 is run (a frozen scorer) or targets 1..n are left to the long NLL (the
+        unfrozen one).
         scoring_micro_batch: None runs all of this rank's windows of a row at once.
         """
         windows = tuple(plan_windows(seq_length, window, stride, include_first=include_first))
@@ -185,9 +193,11 @@ class ShortWindowScorer:
         )
 
     def nll(self, model: Sequence[torch.nn.Module], rows_RN: Tensor) -> Tensor | None:
-        """Short NLL [R, N-1] fp32 of whole rows, zero where no window scores the target; None before the last pipeline stage.
+        """Short NLL [R, N-1] fp32 of whole rows, zero where no window scores the target; None before the last
+        pipeline stage.
 
-        rows_RN: int64 on the device, the same on every rank of the replica. One forward-only pipeline pass for all rows.
+        rows_RN: int64 on the device, the same on every rank of the replica. One forward-only pipeline pass for all
+        rows.
         """
         if not self.windows:
             return (
@@ -219,8 +229,8 @@ class ShortWindowScorer:
     def _lay_out(self, rows_RN: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """All windows of this rank as sequences: ids and labels [L, padded], row and start of each [L].
 
-        L is filled up, with sequences that score nothing, to whole micro-batches of the number that the pipeline demands, and to
-        what the busiest rank has when nothing is left to do here.
+        L is filled up, with sequences that score nothing, to whole micro-batches of the number that the pipeline
+        demands, and to what the busiest rank has when nothing is left to do here.
         """
         device = rows_RN.device
         begins_with_bos = [first == self.bos_id for first in rows_RN[:, 0].tolist()]
@@ -231,7 +241,7 @@ class ShortWindowScorer:
                 y_n = torch.full_like(x_n, IGNORED)
                 first, last = window.first_target - 1 - window.start, window.last_target - 1 - window.start
                 y_n[first : last + 1] = x_n[first + 1 : last + 2]
-                if begins_with_bos[row]:
+                if begins_with_bos[row] and self.bos_id is not None:
                     x_n[0] = self.bos_id
                 ids.append(torch.nn.functional.pad(x_n, (0, self.padded_length - window.length)))
                 labels.append(torch.nn.functional.pad(y_n, (0, self.padded_length - window.length), value=IGNORED))

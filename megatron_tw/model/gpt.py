@@ -1,4 +1,5 @@
-"""The model: Megatron-Core's GPTModel whose last stage returns per-token NLL (or logits), never both and never logits on the way."""
+"""The model: Megatron-Core's GPTModel whose last stage returns per-token NLL (or logits), never both and never logits
+on the way."""
 
 from typing import Any
 
@@ -14,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_tw.losses import linear_cross_entropy
-from megatron_tw.model.architecture import Architecture, rotary_frequencies
+from megatron_tw.model.architecture import Architecture, rotary_embedding
 from megatron_tw.model.attention import ContextParallelAttention
 from megatron_tw.model.norm import RMSNorm
 from megatron_tw.model.rotary import ShardedRotaryEmbedding
@@ -24,9 +25,9 @@ from megatron_tw.parallel.layout import Layout
 class TokenWeightedGPT(GPTModel):
     """A Llama of which this rank holds its tensor-parallel shard of one pipeline stage (or model chunk).
 
-    forward(input_ids [B, S], position_ids=None, attention_mask=None, labels=[B, S], packed_seq_params=SequenceShard) returns on
-    the last stage the NLL [S, B] fp32 of `labels` (0 where the label is -100), or with labels=None this rank's vocabulary shard
-    of the logits [S, B, V / TP]; on other stages the hidden states.
+    forward(input_ids [B, S], position_ids=None, attention_mask=None, labels=[B, S], packed_seq_params=SequenceShard)
+    returns on the last stage the NLL [S, B] fp32 of `labels` (0 where the label is -100), or with labels=None this
+    rank's vocabulary shard of the logits [S, B, V / TP]; on other stages the hidden states.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class TokenWeightedGPT(GPTModel):
         self.layout = layout
         self.loss_chunk_tokens = loss_chunk_tokens
         self.rotary_pos_emb = ShardedRotaryEmbedding(
-            rotary_frequencies(architecture), torch.device(torch.cuda.current_device())
+            rotary_embedding(architecture).inv_freq, torch.device(torch.cuda.current_device())
         )
 
     def head_weight(self) -> Tensor:
@@ -67,7 +68,7 @@ class TokenWeightedGPT(GPTModel):
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
-    def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **unused: Any) -> Tensor:  # type: ignore[override]
+    def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **unused: Any) -> Tensor:
         if not self.post_process:
             return hidden_states
         if labels is None:
@@ -89,7 +90,8 @@ class TokenWeightedGPT(GPTModel):
 def layer_spec(
     config: TransformerConfig, *, transformer_engine: bool, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """The layers of one model chunk: Transformer Engine's modules, or Megatron-Core's with the norm and core attention of ours."""
+    """The layers of one model chunk: Transformer Engine's modules, or Megatron-Core's with the norm and core
+    attention of ours."""
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 

@@ -1,10 +1,11 @@
 """Weights of the Llama family between Hugging Face's names and Megatron-Core's shards.
 
-Every Megatron-Core parameter is one of a few kinds; a kind says which Hugging Face tensors it holds and how a tensor-parallel rank
-slices them. Import reads just those slices from the safetensors files; export is the same table backwards. Both are bit-exact.
+Every Megatron-Core parameter is one of a few kinds; a kind says which Hugging Face tensors it holds and how a
+tensor-parallel rank slices them. Import reads just those slices from the safetensors files; export is the same table
+backwards. Both are bit-exact.
 
-A fused QKV weight holds, for each key-value head, the rows of its query heads, then its key rows, then its value rows; a rank owns
-whole key-value heads. A fused gate/up weight holds the rank's gate rows, then its up rows.
+A fused QKV weight holds, for each key-value head, the rows of its query heads, then its key rows, then its value
+rows; a rank owns whole key-value heads. A fused gate/up weight holds the rank's gate rows, then its up rows.
 """
 
 import json
@@ -77,7 +78,8 @@ class SafetensorsFolder:
     """The tensors of a Hugging Face checkpoint folder, one file or sharded, read slice by slice.
 
     Raises (on construction, from the files' headers alone):
-        ValueError: a file is missing, truncated or no safetensors file; a tensor is missing or has another shape than config.json
+        ValueError: a file is missing, truncated or no safetensors file; a tensor is missing or has another shape than
+        config.json
             gives it.
     """
 
@@ -164,7 +166,8 @@ def import_parameter(
 def export_parameter(
     name: str, layer_offset: int, architecture: Architecture, shards: list[Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The Hugging Face tensors held by a Megatron-Core parameter whose shards, in tensor-parallel order, are `shards`."""
+    """The Hugging Face tensors held by a Megatron-Core parameter whose shards, in tensor-parallel order, are
+    `shards`."""
     a = architecture
     kind, target, prefix = _kind(name, layer_offset)
     if kind == "whole":

@@ -8,15 +8,16 @@ from torch import Tensor
 class RMSNorm(torch.nn.RMSNorm):
     """x / rms(x) * weight over the last dimension, computed in fp32, in the order of transformers' LlamaRMSNorm.
 
-    Under sequence parallelism each tensor-parallel rank normalizes its own tokens, so the weight is marked for Megatron's
-    all-reduce of such gradients (its own torch norm refuses sequence parallelism instead).
+    Under sequence parallelism each tensor-parallel rank normalizes its own tokens, so the weight is marked for
+    Megatron's all-reduce of such gradients (its own torch norm refuses sequence parallelism instead).
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.epsilon = eps
 
     def forward(self, x: Tensor) -> Tensor:
         x_fp32 = x.float()
-        normed = x_fp32 * torch.rsqrt(x_fp32.pow(2).mean(-1, keepdim=True) + self.eps)
+        normed = x_fp32 * torch.rsqrt(x_fp32.pow(2).mean(-1, keepdim=True) + self.epsilon)
         return self.weight * normed.to(x.dtype)

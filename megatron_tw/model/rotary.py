@@ -1,4 +1,5 @@
-"""Rotary position embedding with the frequencies that `transformers` computes, for any scaling that a config.json names.
+"""Rotary position embedding with the frequencies that `transformers` computes, for any scaling that a config.json
+names.
 
 Megatron-Core hard-codes the constants of llama3 scaling; here the checkpoint's own `rope_parameters` decide, through
 transformers' ROPE_INIT_FUNCTIONS (default, linear, llama3, yarn, longrope), so that logits agree.
@@ -24,13 +25,13 @@ class ShardedRotaryEmbedding(RotaryEmbedding):
         self.inv_freq = inv_freq.to(device=device, dtype=torch.float32)
         self._angles = lru_cache(maxsize=4)(self._compute_angles)
 
-    def get_rotary_seq_len(self, *args, packed_seq_params: SequenceShard | None = None, **kwargs):  # type: ignore[no-untyped-def, override]
+    def get_rotary_seq_len(self, *args, packed_seq_params: SequenceShard | None = None, **kwargs):  # type: ignore[no-untyped-def]
         """Megatron-Core asks for a length and hands it to `forward`; the whole layout goes the same way."""
         shard = packed_seq_params if packed_seq_params is not None else args[-1]
         assert isinstance(shard, SequenceShard), "every forward pass names its SequenceShard"
         return shard
 
-    def forward(self, shard: SequenceShard, offset: int = 0, packed_seq: bool = False, cp_group=None) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(self, shard: SequenceShard, offset: int = 0, packed_seq: bool = False, cp_group=None) -> Tensor:  # type: ignore[no-untyped-def]
         return self._angles(shard.sequence_length, shard.rank, shard.size)
 
     def _compute_angles(self, sequence_length: int, rank: int, size: int) -> Tensor:

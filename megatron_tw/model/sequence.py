@@ -1,9 +1,9 @@
 """How one forward pass lays a sequence out over context-parallel ranks, said per call.
 
-The long pass shards a row over the whole context-parallel group; the short-window pass keeps windows on one rank or on a
-sub-group. Megatron-Core threads a `PackedSeqParams` from the model through every layer (pipeline stages and recomputation
-included) to rotary embedding and core attention, so the layout travels as one, and no module holds state that a later pass
-could inherit.
+The long pass shards a row over the whole context-parallel group; the short-window pass keeps windows on one rank or
+on a sub-group. Megatron-Core threads a `PackedSeqParams` from the model through every layer (pipeline stages and
+recomputation included) to rotary embedding and core attention, so the layout travels as one, and no module holds
+state that a later pass could inherit.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
-"""Transformer Engine's core attention, told per call over which ranks the sequence lies. Imported only where it is installed."""
+"""Transformer Engine's core attention, told per call over which ranks the sequence lies. Imported only where it is
+installed."""
 
 from typing import Any
 
@@ -13,12 +14,12 @@ from megatron_tw.model.sequence import SequenceShard
 class ShardedTEAttention(TEDotProductAttention):
     """Sets the context-parallel group that the call's SequenceShard names, whenever it differs from the last call's.
 
-    Megatron-Core's own switch (PackedSeqParams.cp_group) persists into later calls, knows no hierarchical groups, and would hand
-    Transformer Engine a maximum length that it multiplies by the group's size again (seen in its DotProductAttention.forward);
-    so the group is set here, and the base class gets no packed parameters.
+    Megatron-Core's own switch (PackedSeqParams.cp_group) persists into later calls, knows no hierarchical groups, and
+    would hand Transformer Engine a maximum length that it multiplies by the group's size again (seen in its
+    DotProductAttention.forward); so the group is set here, and the base class gets no packed parameters.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any,
         packed_seq_params: SequenceShard | None = None, **kwargs: Any,
     ) -> Tensor:  # fmt: skip

@@ -1,8 +1,9 @@
 """CPU or GPU, decided once: `prepare_device` is the only code of the project that asks.
 
-On GPUs Megatron-Core runs as it is. On CPU ranks (gloo) a handful of its calls into `torch.cuda` are given their CPU meaning.
-Where neither Transformer Engine nor Apex is installed, on either device, Megatron-Core falls back to torch's AdamW and mishandles
-that optimizer's step count on reload; `mend_adamw_fallback` repairs this. Nothing else is patched.
+On GPUs Megatron-Core runs as it is. On CPU ranks (gloo) a handful of its calls into `torch.cuda` are given their CPU
+meaning.
+Where neither Transformer Engine nor Apex is installed, on either device, Megatron-Core falls back to torch's AdamW
+and mishandles that optimizer's step count on reload; `mend_adamw_fallback` repairs this. Nothing else is patched.
 """
 
 import functools
@@ -10,6 +11,7 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -65,7 +67,9 @@ def prepare_device() -> Device:
 def check_megatron_version(version: str | None = None) -> None:
     """Refuse a Megatron-Core whose internals may differ from those adapted here."""
     if version is None:
-        from megatron.core import __version__ as version
+        from megatron import core
+
+        version = core.__version__
     if version not in KNOWN_MEGATRON_CORE:
         raise RuntimeError(
             f"megatron-core: expected version {' or '.join(KNOWN_MEGATRON_CORE)}, found {version}. "
@@ -92,8 +96,8 @@ def adapt_megatron_to_cpu() -> None:
     """Give the `torch.cuda` calls on Megatron-Core's training path their CPU meaning. Call once, only without a GPU."""
     cpu = torch.device("cpu")
     torch.cuda.current_device = lambda: cpu  # type: ignore[assignment, return-value]
-    torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
-    torch.cuda.stream = lambda stream: nullcontext()  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.stream = lambda stream: nullcontext()  # type: ignore[assignment, return-value]
     torch.cuda.empty_cache = lambda: None
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
@@ -109,7 +113,7 @@ def adapt_megatron_to_cpu() -> None:
             return _CUDA_TYPE_NAMES[self.dtype]
         return own_type(self, *(() if dtype is None else (dtype,)), *args, **kwargs)
 
-    torch.Tensor.type = type_name  # type: ignore[method-assign, assignment]
+    torch.Tensor.type = type_name  # type: ignore[method-assign]
 
     # The "CUDA" random state is the CPU generator's.
     from megatron.core.tensor_parallel import random as megatron_random
@@ -121,7 +125,7 @@ def adapt_megatron_to_cpu() -> None:
     megatron_random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
 
 
-def _on_cpu(factory: Callable) -> Callable:
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     """`factory` with a CUDA device argument read as the CPU, and pinned memory (which needs a GPU) as plain memory."""
 
     @functools.wraps(factory)
@@ -136,10 +140,11 @@ def _on_cpu(factory: Callable) -> Callable:
 
 
 def mend_adamw_fallback() -> None:
-    """Make the distributed optimizer reload torch's AdamW exactly, where Transformer Engine and Apex are both absent.
+    """Make the distributed optimizer save and reload torch's AdamW, where Transformer Engine and Apex are both absent.
 
-    Two faults in Megatron-Core: parameter states are copied without `step`, which the torch optimizer has (KeyError on
-    reload); and afterwards all parameters share one `step` tensor, which then counts once per parameter.
+    Three faults in Megatron-Core: it reads `step` before a first step has made it (loading into a fresh optimizer
+    fails); parameter states are copied without `step`, which the torch optimizer has (KeyError); and after a reload all
+    parameters share one `step` tensor, which then counts once per parameter.
     """
     from megatron.core import optimizer as megatron_optimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -147,8 +152,20 @@ def mend_adamw_fallback() -> None:
     if not megatron_optimizer.USING_PYTORCH_OPTIMIZER or hasattr(DistributedOptimizer, "_megatron_tw_mended"):
         return
     DistributedOptimizer._megatron_tw_mended = True
+    state_dict = DistributedOptimizer.state_dict
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
     load_state_dict = DistributedOptimizer.load_state_dict
+
+    @functools.wraps(state_dict)
+    def state_dict_from_the_start(self):  # type: ignore[no-untyped-def]
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                state = self.optimizer.state[param]
+                if not state:  # as torch.optim.AdamW makes it in its first step
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["exp_avg"] = torch.zeros_like(param)
+                    state["exp_avg_sq"] = torch.zeros_like(param)
+        return state_dict(self)
 
     @functools.wraps(set_states)
     def set_states_without_step(self, model_param, tensors):  # type: ignore[no-untyped-def]
@@ -168,5 +185,6 @@ def mend_adamw_fallback() -> None:
             if "step" in state:
                 state["step"] = state["step"].clone()
 
+    DistributedOptimizer.state_dict = state_dict_from_the_start
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states_without_step
     DistributedOptimizer.load_state_dict = load_with_own_steps

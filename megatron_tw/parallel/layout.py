@@ -17,7 +17,8 @@ from megatron_tw.parallel.zigzag import unshard
 class Layout:
     """Sizes, ranks and groups of this process. Groups are Megatron-Core's; a group of one rank is a real group too.
 
-    tp, pp, cp, dp: tensor, pipeline, context, data parallel. dp_cp: data and context together (gradients are summed there).
+    tp, pp, cp, dp: tensor, pipeline, context, data parallel. dp_cp: data and context together (gradients are summed
+    there).
     vpp_size: model chunks a pipeline rank holds, None without interleaving.
     """
 
@@ -60,7 +61,8 @@ class Layout:
 
 
 def start_process_group(device: Device, timeout_minutes: int) -> None:
-    """Join the launcher's world (torchrun's environment), or make a world of one. Does nothing in a world that exists."""
+    """Join the launcher's world (torchrun's environment), or make a world of one. Does nothing in a world that
+    exists."""
     if dist.is_initialized():
         return
     timeout = timedelta(minutes=timeout_minutes)
@@ -71,10 +73,11 @@ def start_process_group(device: Device, timeout_minutes: int) -> None:
 
 
 def make_layout(config: ParallelConfig, *, num_model_chunks: int | None = None, seed: int = 1234) -> Layout:
-    """Create the groups of `config` in the existing world, and seed Megatron's random states for them. Collective over the world.
+    """Create the groups of `config` in the existing world, and seed Megatron's random states for them. Collective
+    over the world.
 
-    num_model_chunks: chunks per pipeline rank under interleaving (`--num-layers-per-virtual-pipeline-stage` resolved with the
-    model's number of layers), else None.
+    num_model_chunks: chunks per pipeline rank under interleaving (`--num-layers-per-virtual-pipeline-stage` resolved
+    with the model's number of layers), else None.
     """
     from megatron.core import parallel_state as mpu
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -89,7 +92,8 @@ def make_layout(config: ParallelConfig, *, num_model_chunks: int | None = None, 
         distributed_timeout_minutes=config.distributed_timeout_minutes,
         create_gloo_process_groups=False,
     )
-    # Tensor-parallel regions fork a random state of their own; nothing is dropped out in the models here, but they ask for it.
+    # Tensor-parallel regions fork a random state of their own; nothing is dropped out in the models here, but they
+    # ask for it.
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return Layout(
         world_size=dist.get_world_size(),
@@ -112,7 +116,8 @@ def make_layout(config: ParallelConfig, *, num_model_chunks: int | None = None, 
 
 
 def destroy_layout() -> None:
-    """Destroy the groups of the current layout, so that another one can be made in the same processes. Collective over the world.
+    """Destroy the groups of the current layout, so that another one can be made in the same processes. Collective
+    over the world.
 
     Megatron-Core only forgets its groups; under gloo each of them would keep its threads running.
     """
@@ -135,7 +140,8 @@ def split_context_group(layout: Layout, num_groups: int) -> tuple[dist.ProcessGr
     """Split every context-parallel group into `num_groups` sub-groups of neighbouring ranks. Collective over the world.
 
     Returns:
-        this rank's sub-group (None when sub-groups are single ranks: nothing to communicate) and its index, 0..num_groups-1.
+        this rank's sub-group (None when sub-groups are single ranks: nothing to communicate) and its index,
+        0..num_groups-1.
     """
     if layout.cp_size % num_groups:
         raise ValueError(
@@ -161,7 +167,8 @@ def split_context_group(layout: Layout, num_groups: int) -> tuple[dist.ProcessGr
 
 
 def gather_over_context(local_BS: Tensor, layout: Layout) -> Tensor:
-    """Whole rows [rows, S] from this rank's zigzag slices [rows, S / C]: per-token scalars only, over the context-parallel group.
+    """Whole rows [rows, S] from this rank's zigzag slices [rows, S / C]: per-token scalars only, over the
+    context-parallel group.
 
     Every context-parallel rank needs them, because weights are made from whole rows.
     """
@@ -173,7 +180,8 @@ def gather_over_context(local_BS: Tensor, layout: Layout) -> Tensor:
 
 
 def sum_over_context(rows_BS: Tensor, layout: Layout) -> Tensor:
-    """Sum in place over the context-parallel group: rows in which every rank filled in the targets that it scored, zeros elsewhere.
+    """Sum in place over the context-parallel group: rows in which every rank filled in the targets that it scored,
+    zeros elsewhere.
 
     One row at a time, so that the largest message is one row's NLLs (4 bytes a target).
     """
@@ -184,7 +192,8 @@ def sum_over_context(rows_BS: Tensor, layout: Layout) -> Tensor:
 
 
 def same_on_tensor_ranks(x: Tensor, layout: Layout) -> Tensor:
-    """Tensor-parallel rank 0's `x` on all tensor-parallel ranks, in place: a choice made from it is then the same everywhere."""
+    """Tensor-parallel rank 0's `x` on all tensor-parallel ranks, in place: a choice made from it is then the same
+    everywhere."""
     if layout.tp_size > 1:
         dist.broadcast(x, dist.get_process_group_ranks(layout.tp_group)[0], group=layout.tp_group)
     return x

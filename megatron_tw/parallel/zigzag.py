@@ -1,7 +1,8 @@
 """Zigzag slices of a sequence over context-parallel ranks, in plain integers and pure tensor math.
 
-A sequence of N tokens is cut into 2C chunks; rank r holds chunks r and 2C-1-r, so that causal attention costs every rank the same
-(Megatron-Core and Transformer Engine use the same order). Everything here takes `rank` and `size` as integers.
+A sequence of N tokens is cut into 2C chunks; rank r holds chunks r and 2C-1-r, so that causal attention costs every
+rank the same (Megatron-Core and Transformer Engine use the same order). Everything here takes `rank` and `size` as
+integers.
 
 >>> zigzag_positions(8, rank=0, size=2).tolist()
 [0, 1, 6, 7]
@@ -29,7 +30,8 @@ def chunk_length(length: int, size: int) -> int:
 
 
 def zigzag_positions(length: int, *, rank: int, size: int, device: torch.device | None = None) -> Tensor:
-    """Positions in the whole sequence of the tokens that `rank` holds, in the order it holds them: [length / size] int64."""
+    """Positions in the whole sequence of the tokens that `rank` holds, in the order it holds them: [length / size]
+    int64."""
     if size == 1:
         return torch.arange(length, device=device)
     chunk = chunk_length(length, size)

@@ -23,8 +23,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_tw.config import RunConfig, save_config
+from megatron_tw.config import save_config
 from megatron_tw.model.architecture import Architecture, export_hf_config, parse_architecture
+from megatron_tw.model.build import copy_tokenizer
 from megatron_tw.model.gpt import TokenWeightedGPT
 from megatron_tw.model.huggingface import expected_tensors
 from megatron_tw.parallel.layout import Layout
@@ -56,6 +57,7 @@ class SavedCheckpoint:
     state: RunState
     architecture: Architecture
     layout: str
+    weights_only: bool
 
     @property
     def tokenizer_dir(self) -> Path:
@@ -86,7 +88,8 @@ def find_checkpoint(folder: str | Path) -> SavedCheckpoint | None:
     if header.get("version") != FORMAT_VERSION:
         raise ValueError(f"{header_path}: expected version {FORMAT_VERSION}, got {header.get('version')!r}")
     architecture = parse_architecture(header["hf_config"], str(header_path))
-    return SavedCheckpoint(directory, RunState(**header["state"]), architecture, header["layout"])
+    state = RunState(**header["state"])
+    return SavedCheckpoint(directory, state, architecture, header["layout"], header["weights_only"])
 
 
 def checkpoint_dir(folder: str | Path, iteration: int) -> Path:
@@ -104,8 +107,8 @@ def check_same_model(saved: SavedCheckpoint, architecture: Architecture) -> None
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise ValueError(
-                f"--load {saved.directory}: a checkpoint of another model: {name} has shape {theirs.get(name, 'none')}, "
-                f"--load-hf has {ours.get(name, 'none')}"
+                f"--load {saved.directory}: a checkpoint of another model: {name} has shape "
+                f"{theirs.get(name, 'none')}, --load-hf has {ours.get(name, 'none')}"
             )
 
 
@@ -130,45 +133,48 @@ def check_save_target(save: str | None, load: str | None) -> None:
 
 
 def save_checkpoint(
-    config: RunConfig,
+    save: str | Path,
     chunks: Sequence[TokenWeightedGPT],
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
     state: RunState,
     layout: Layout,
-    tokenizer_dir: Path | None,
+    *,
+    optimizer: MegatronOptimizer | None = None,
+    scheduler: OptimizerParamScheduler | None = None,
+    config: object | None = None,
+    tokenizer_dir: Path | None = None,
 ) -> Path:
-    """Write a checkpoint of the current state under --save and return its folder. Collective over the world; storage is shared.
+    """Write a checkpoint under `save` and return its folder. Collective over the world; storage is shared.
 
-    Takes part after at least one optimizer step (there is no optimizer state before).
+    optimizer: takes part after at least one step (there is no state before); None saves the weights alone.
+    config: the resolved options, kept beside the checkpoint. tokenizer_dir: its tokenizer files are kept, for export.
     """
-    assert config.checkpoint.save is not None
-    directory = checkpoint_dir(config.checkpoint.save, state.iteration)
+    directory = checkpoint_dir(save, state.iteration)
     if layout.rank == 0:
         shutil.rmtree(directory, ignore_errors=True)  # the rest of a save that was cut off
         directory.mkdir(parents=True)
     dist.barrier()
     sharded = _model_state(chunks)
-    sharded |= {
-        "optimizer": optimizer.sharded_state_dict(_model_state(chunks), metadata=dict(_METADATA)),
-        "scheduler": scheduler.state_dict(),
-    }
+    if optimizer is not None and scheduler is not None:
+        sharded["optimizer"] = optimizer.sharded_state_dict(_model_state(chunks), metadata=dict(_METADATA))
+        sharded["scheduler"] = scheduler.state_dict()
     dist_checkpointing.save(sharded, str(directory))
     if layout.rank == 0:
         architecture = chunks[0].architecture
         header = {
             "version": FORMAT_VERSION,
             "state": asdict(state),
+            "weights_only": optimizer is None,
             "layout": layout.describe(),
             "hf_config": export_hf_config(
                 architecture, max_position_embeddings=state.seq_length, dtype=next(chunks[0].parameters()).dtype
             ),
         }
         (directory / "run.json").write_text(json.dumps(header, indent=2) + "\n")
-        save_config(config, directory / "config.yaml")
-        if tokenizer_dir is not None and tokenizer_dir.is_dir():
-            shutil.copytree(tokenizer_dir, directory / "tokenizer")
-        replace_text(Path(config.checkpoint.save) / TRACKER, f"{state.iteration}\n")
+        if config is not None:
+            save_config(config, directory / "config.yaml")
+        if tokenizer_dir is not None:
+            copy_tokenizer(tokenizer_dir, directory / "tokenizer")
+        replace_text(Path(save) / TRACKER, f"{state.iteration}\n")
     dist.barrier()
     return directory
 
@@ -179,7 +185,10 @@ def load_checkpoint(
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
 ) -> None:
-    """Read weights, and with an optimizer its state and the schedule's, into a model of any layout. Collective over the world."""
+    """Read weights, and with an optimizer its state and the schedule's, into a model of any layout. Collective over
+    the world."""
+    if saved.weights_only:
+        optimizer = scheduler = None
     sharded = _model_state(chunks)
     if optimizer is not None:
         sharded["optimizer"] = optimizer.sharded_state_dict(

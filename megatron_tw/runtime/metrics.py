@@ -10,8 +10,8 @@ from tqdm import tqdm
 class MetricsLog:
     """One JSON object a step in `metrics.jsonl`, the same numbers in TensorBoard, a progress bar on the terminal.
 
-    Made on rank 0 only. Resuming at step `start_iteration` cuts the file back to the steps before it, so that a step that is done
-    again stands there once.
+    Made on rank 0 only. Resuming at step `start_iteration` cuts the file back to the steps before it, so that a step
+    that is done again stands there once.
     """
 
     def __init__(

@@ -1,4 +1,5 @@
-"""The model made ready to train: precision and data-parallel wrappers, the distributed AdamW, the learning-rate schedule."""
+"""The model made ready to train: precision and data-parallel wrappers, the distributed AdamW, the learning-rate
+schedule."""
 
 from collections.abc import Sequence
 
@@ -15,7 +16,8 @@ from megatron_tw.model.gpt import TokenWeightedGPT
 def wrap_for_training(chunks: Sequence[TokenWeightedGPT], config: RunConfig) -> list[DistributedDataParallel]:
     """Model chunks with bf16 casting and Megatron's data parallelism around them; gradients are summed in fp32.
 
-    The parameters move into contiguous buffers, so call it after their values are in place and before the optimizer exists.
+    The parameters move into contiguous buffers, so call it after their values are in place and before the optimizer
+    exists.
     """
     parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(
@@ -65,7 +67,8 @@ def make_optimizer(model: Sequence[DistributedDataParallel], config: RunConfig) 
 
 
 def make_scheduler(optimizer: MegatronOptimizer, config: RunConfig) -> OptimizerParamScheduler:
-    """Linear warm-up from 0, then constant, linear or cosine; counted in optimizer steps. Weight decay stays constant."""
+    """Linear warm-up from 0, then constant, linear or cosine; counted in optimizer steps. Weight decay stays
+    constant."""
     options = config.optimizer
     return OptimizerParamScheduler(
         optimizer,
@@ -83,11 +86,3 @@ def make_scheduler(optimizer: MegatronOptimizer, config: RunConfig) -> Optimizer
         override_opt_param_scheduler=True,
         use_checkpoint_opt_param_scheduler=False,
     )
-
-
-def unwrap(chunk: torch.nn.Module) -> TokenWeightedGPT:
-    """The model chunk inside its wrappers."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    assert isinstance(chunk, TokenWeightedGPT)
-    return chunk

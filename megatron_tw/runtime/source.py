@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_tw.data.rows import TokenRows
 from megatron_tw.model.architecture import Architecture, read_architecture
 from megatron_tw.model.build import load_hf
 from megatron_tw.model.gpt import TokenWeightedGPT
@@ -29,7 +30,8 @@ class ModelSource:
 
     @property
     def tokenizer_dir(self) -> Path | None:
-        """Folder with the model's tokenizer files, None when nobody kept them. May hold other files too (a Hugging Face folder)."""
+        """Folder with the model's tokenizer files, None when nobody kept them. May hold other files too (a Hugging
+        Face folder)."""
         if self.saved is not None:
             return self.saved.tokenizer_dir if self.saved.tokenizer_dir.is_dir() else None
         return Path(self.load_hf) if self.load_hf is not None else None
@@ -41,7 +43,8 @@ class ModelSource:
         optimizer: MegatronOptimizer | None = None,
         scheduler: OptimizerParamScheduler | None = None,
     ) -> None:
-        """Load the weights into `chunks`; from a checkpoint also the states of optimizer and scheduler. Collective over the world."""
+        """Load the weights into `chunks`; from a checkpoint also the states of optimizer and scheduler. Collective
+        over the world."""
         if self.saved is not None:
             load_checkpoint(self.saved, chunks, optimizer, scheduler)
         else:
@@ -72,3 +75,11 @@ def open_source(*, load: str | None, load_hf: str | None, rotary_base: float | N
             "--load-hf: expected a Hugging Face folder to start from (or --load with a checkpoint), got none"
         )
     return ModelSource(architecture.with_rotary_base(rotary_base), saved, load_hf)
+
+
+def row_bos_id(option: int | None, rows: TokenRows, architecture: Architecture) -> int | None:
+    """The id of BOS, with which a row may begin: `--bos-id`, else that of the rows' tokenizer, else the
+    checkpoint's."""
+    if option is not None:
+        return option
+    return rows.header.bos_id if rows.header.bos_id is not None else architecture.bos_token_id

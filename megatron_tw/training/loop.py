@@ -13,8 +13,8 @@ from megatron_tw.parallel.devices import Device, peak_memory_bytes, prepare_devi
 from megatron_tw.parallel.layout import Layout, make_layout, start_process_group
 from megatron_tw.runtime.checkpoint import RunState, check_save_target, save_checkpoint
 from megatron_tw.runtime.metrics import MetricsLog
-from megatron_tw.runtime.optimizer import make_optimizer, make_scheduler, unwrap, wrap_for_training
-from megatron_tw.runtime.source import ModelSource, open_source
+from megatron_tw.runtime.optimizer import make_optimizer, make_scheduler, wrap_for_training
+from megatron_tw.runtime.source import ModelSource, open_source, row_bos_id
 from megatron_tw.training.step import TrainingStep
 from megatron_tw.weighting import Weighting
 from megatron_tw.weighting.options import weighting_from_options
@@ -31,7 +31,8 @@ class Inputs:
 
 
 def train(config: RunConfig) -> None:
-    """Run `config` to --train-iters (or --exit-interval), resuming from --load. Called on every rank of the launcher's world.
+    """Run `config` to --train-iters (or --exit-interval), resuming from --load. Called on every rank of the
+    launcher's world.
 
     Raises:
         ValueError: bad options or files, named; before anything is allocated.
@@ -63,11 +64,12 @@ def open_inputs(config: RunConfig) -> Inputs:
     )
     rows = TokenRows(config.data.data_path)
     check_rows(rows, seq_length=config.data.seq_length, model_vocab_size=source.architecture.vocab_size)
+    tokenizer_dir = rows.path / TOKENIZER_DIR
     return Inputs(
         rows=rows,
         source=source,
         weighting=weighting_from_options(config.weighting),
-        tokenizer_dir=rows.path / TOKENIZER_DIR,
+        tokenizer_dir=tokenizer_dir if tokenizer_dir.is_dir() else source.tokenizer_dir,
     )
 
 
@@ -85,7 +87,8 @@ class Run:
 
     @staticmethod
     def start(config: RunConfig, inputs: Inputs, layout: Layout, device: Device) -> "Run":
-        """Build the model, fill it from the checkpoint or the Hugging Face folder, make optimizer, scorer and loader."""
+        """Build the model, fill it from the checkpoint or the Hugging Face folder, make optimizer, scorer and
+        loader."""
         source = inputs.source
         chunks = build_model(source.architecture, config.parallel, config.model, layout, device)
         if source.saved is None:
@@ -103,9 +106,12 @@ class Run:
         )
         iteration = 0
         if source.saved is not None:
-            loader.load_state_dict(source.saved.state.loader)
-            iteration = source.saved.state.iteration
             source.fill(chunks, layout, optimizer, scheduler)
+            if source.saved.weights_only:
+                optimizer.reload_model_params()
+            else:
+                loader.load_state_dict(source.saved.state.loader)
+                iteration = source.saved.state.iteration
         step = TrainingStep(
             model=model,
             optimizer=optimizer,
@@ -164,9 +170,8 @@ class Run:
             save, config.tensorboard_dir, start_iteration=self.iteration, train_iters=config.train.train_iters
         )
         if saved is not None:
-            log.say(
-                f"resumed from {saved.directory} ({saved.layout}) as {self.layout.describe()}, iteration {self.iteration}"
-            )
+            layouts = f"{saved.layout}, now {self.layout.describe()}"
+            log.say(f"resumed from {saved.directory} ({layouts}) at iteration {self.iteration}")
         elif config.checkpoint.load is not None:
             log.say(f"--load {config.checkpoint.load} holds no checkpoint: starting fresh from {config.model.load_hf}")
         log.say(f"{self.layout.describe()}, {len(self.inputs.rows)} rows of {config.data.seq_length} tokens")
@@ -189,14 +194,16 @@ class Run:
             seq_length=self.config.data.seq_length,
             loader=self.loader.state_dict(),
         )
+        assert self.config.checkpoint.save is not None
         return save_checkpoint(
-            self.config,
-            [unwrap(chunk) for chunk in self.step.model],
-            self.step.optimizer,
-            self.step.scheduler,
+            self.config.checkpoint.save,
+            self.chunks,
             state,
             self.layout,
-            self.inputs.tokenizer_dir,
+            optimizer=self.step.optimizer,
+            scheduler=self.step.scheduler,
+            config=self.config,
+            tokenizer_dir=self.inputs.tokenizer_dir,
         )
 
 
@@ -206,13 +213,12 @@ def make_scorer(config: RunConfig, inputs: Inputs, layout: Layout) -> ShortWindo
         return None
     window = config.scorer.short_window
     assert window is not None  # checked with the options
-    bos_id = config.data.bos_id if config.data.bos_id is not None else inputs.source.architecture.bos_token_id
     return ShortWindowScorer.create(
         config.data.seq_length,
         window,
         config.scorer.stride(config.data.seq_length),
         include_first=False,
-        bos_id=bos_id,
+        bos_id=row_bos_id(config.data.bos_id, inputs.rows, inputs.source.architecture),
         layout=layout,
         sequence_parallel=config.parallel.uses_sequence_parallel,
         scoring_micro_batch=config.scorer.scoring_micro_batch,

@@ -1,10 +1,12 @@
 """One optimizer step: score the rows in short windows, make weights, forward and backward, update.
 
-R = rows, N = tokens of a row, T = N - 1 targets of a row, S = tokens of a row that this rank holds, M = rows of a micro-batch.
+R = rows, N = tokens of a row, T = N - 1 targets of a row, S = tokens of a row that this rank holds, M = rows of a
+micro-batch.
 
     rows -> short-window NLL (one forward-only pipeline pass for all micro-batches)
          -> long NLL of a micro-batch, gathered over the context-parallel group (4 bytes a target)
-         -> weights of whole rows -> this rank's slice -> sum(weight * NLL), count of valid targets -> gradients / global count
+         -> weights of whole rows -> this rank's slice -> sum(weight * NLL), count of valid targets -> gradients /
+         global count
 """
 
 import time
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
@@ -37,7 +40,8 @@ _SUMS = (
     "rows",
     "nonfinite",
 )
-"""What a micro-batch reports, as sums over its rows; summed over micro-batches and data-parallel ranks before any division."""
+"""What a micro-batch reports, as sums over its rows; summed over micro-batches and data-parallel ranks before any
+division."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class TrainingStep:
     window: tokens of the scorer's short window, None for schemes without a scorer.
     """
 
-    model: Sequence[torch.nn.Module]
+    model: Sequence[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     layout: Layout
@@ -70,8 +74,8 @@ class TrainingStep:
     def __call__(self, batches: Sequence[Batch]) -> dict[str, float]:
         """Run one step on `batches`, this data-parallel rank's micro-batches of the same size.
 
-        Returns metrics on every rank: weighted_loss, lm_loss (unweighted), weight_std and the other weight statistics, grad_norm
-        (before clipping), learning_rate, scoring_seconds, step_seconds, tokens.
+        Returns metrics on every rank: weighted_loss, lm_loss (unweighted), weight_std and the other weight
+        statistics, grad_norm (before clipping), learning_rate, scoring_seconds, step_seconds, tokens.
 
         Raises:
             ValueError: a NaN or infinite NLL, before the optimizer sees it; on every rank.
@@ -95,7 +99,7 @@ class TrainingStep:
         sums = self._sum_over_run(reports)
         if sums["nonfinite"]:
             raise ValueError(
-                f"NLL: {sums['nonfinite']:.0f} targets are NaN or infinite; no update was made (see the rank that names one)"
+                f"NLL: {sums['nonfinite']:.0f} targets are NaN or infinite (one is named above); no update was made"
             )
         learning_rate = self.scheduler.get_lr(self.optimizer.param_groups[0])
         updated, grad_norm, _ = self.optimizer.step()
@@ -146,7 +150,8 @@ class TrainingStep:
         return call_model(model, batch.sequences), partial(self._loss, batch)
 
     def _loss(self, batch: StepBatch, nll_SM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Weighted sum over this rank's targets, its count of valid targets (an integer, free of weights), and the report."""
+        """Weighted sum over this rank's targets, its count of valid targets (an integer, free of weights), and the
+        report."""
         nll_MS = nll_SM.transpose(0, 1)
         long_MT = gather_over_context(nll_MS.detach(), self.layout)[:, :-1]
         short_MT = batch.short_nll_MT
@@ -196,7 +201,8 @@ class TrainingStep:
         return torch.stack([x.double() for x in sums])
 
     def _sum_over_run(self, reports: Sequence[Tensor]) -> dict[str, float]:
-        """Sums over micro-batches and data-parallel ranks, on every rank: the last pipeline stage has them and tells the others."""
+        """Sums over micro-batches and data-parallel ranks, on every rank: the last pipeline stage has them and tells
+        the others."""
         sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.device.device)
         if self.layout.is_last_stage:
             sums += torch.stack(list(reports)).sum(0)

@@ -7,7 +7,8 @@ from megatron_tw.weighting.config import PRESETS, ExactConfig, Weighting, Weight
 
 
 def weighting_from_options(options: WeightingOptions) -> Weighting:
-    """The preset that `--weighting` names with the other options in place of its own settings, or a custom pipeline of them alone.
+    """The preset that `--weighting` names with the other options in place of its own settings, or a custom pipeline
+    of them alone.
 
     Raises:
         ValueError: unknown preset, a value out of range, or an option that the scheme does not have; names the option.

@@ -1,0 +1,27 @@
+"""A run's checkpoint to Hugging Face format, and the other way; alone or under torchrun, in any parallel layout.
+
+python tools/convert_checkpoint.py --load RUN --save-hf DIR
+python tools/convert_checkpoint.py --load-hf DIR --save RUN
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron_tw.config import load_options, user_errors
+from megatron_tw.config.conversion import ConversionConfig
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, convert. A user's mistake is one line on stderr and exit status 2."""
+    config = load_options(argv, ConversionConfig, prog="tools/convert_checkpoint.py", description="Convert weights.")
+    with user_errors():
+        from megatron_tw.runtime.convert import convert  # imports torch and Megatron-Core
+
+        written = convert(config)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"written: {written}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
