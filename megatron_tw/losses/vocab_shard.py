@@ -65,9 +65,8 @@ def combine_shards(statistics_3T: Tensor, tp_group: dist.ProcessGroup | None) ->
     """Log of the softmax's denominator, and the label's logit, over all shards. One MAX and one SUM all-reduce.
 
     Args:
-        statistics_3T: of this shard's logits the maximum, the sum of exp(logit - maximum), and the label's logit (0
-        where
-            the label is in another shard), in this order; T stands for any shape.
+        statistics_3T: of this shard's logits the maximum, the sum of exp(logit - maximum), and the label's logit, which
+            is 0 where the label is in another shard. T stands for any shape.
     """
     max_T, sum_T, target_T = statistics_3T
     if tp_group is None or tp_group.size() == 1:
