@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_tw.evaluation.position import mean_nll
-from megatron_tw.evaluation.result import EvaluationHeader, EvaluationResult
+from megatron_tw.evaluation.result import EvaluationResult
 
 GAIN = 2.0
 """Nats by which the long context lowers the NLL of a key token; LongPPL's alpha."""
@@ -44,11 +44,11 @@ class KeyTokens:
 
     def describe(self) -> str:
         """The definition, and how many there are."""
-        header: EvaluationHeader = self.source.header
+        header = self.source.header
         also = "" if self.max_long_nll is None else f" and is then below {self.max_long_nll:g}"
         share = self.count / max(1, int(self.source.valid.sum()))
         return (
-            f"targets whose NLL under {self.name} drops by more than {self.gain:g} from a context of at most "
+            f"targets whose NLL under {self.name} drops by more than {self.gain:g} from a window of "
             f"{header.short_window} tokens to the whole row{also}: {self.count:,} ({share:.3%} of the targets)"
         )
 

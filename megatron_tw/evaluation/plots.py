@@ -29,6 +29,8 @@ TRAINING_CURVES = (
     ("learning_rate", "learning rate"),
 )
 """Keys of metrics.jsonl, and what they are."""
+FROM_ZERO = {"weight_std", "tokens_per_second", "learning_rate"}
+"""Those whose axis begins at 0."""
 
 
 def plot_nll_by_position(comparison: Comparison, results: Mapping[str, EvaluationResult]) -> bytes:
@@ -94,6 +96,9 @@ def plot_training(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
                 x, running_mean(y, max(1, round(len(y) * SMOOTHED_SHARE))), color=colour, linewidth=1.8, label=name
             )
         axes.set(xlabel="step", title=label)
+        axes.ticklabel_format(axis="y", useOffset=False)
+        if key in FROM_ZERO:
+            axes.set_ylim(bottom=0)
     for axes in panels[len(curves) :]:
         axes.set_axis_off()
     panels[0].legend()
