@@ -20,7 +20,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megatron_tw.losses.vocab_shard import VocabShard, check_labels, combine_shards, logit_gradient_, shard_statistics
 
-CHUNK_LOGITS_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # fp32 logits of a default chunk
+CHUNK_LOGITS_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # fp32 logits of a default chunk
 
 
 def linear_cross_entropy(
