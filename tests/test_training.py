@@ -2,6 +2,7 @@
 
 import gc
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +37,23 @@ from megatron_tw.parallel.devices import prepare_device
 from megatron_tw.parallel.layout import destroy_layout
 from megatron_tw.training.loop import Run, open_inputs, train
 
-TRAJECTORIES = {
-    "trajectory_uniform": WeightingOptions(),
-    "trajectory_dense_unfrozen": WeightingOptions(weighting="dense", interpolation=0.75),
-    "trajectory_sparse_unfrozen": WeightingOptions(weighting="sparse", sparsification=0.2),
-    "trajectory_longce_unfrozen": WeightingOptions(weighting="longce", truncation=5.0),
-}
+DENSE = WeightingOptions(weighting="dense", interpolation=0.75)
+SPARSE_UNFROZEN = WeightingOptions(weighting="sparse", sparsification=0.2)
+SPARSE_FROZEN = WeightingOptions(weighting="sparse", sparsification=0.4)
+LONGCE = WeightingOptions(weighting="longce", truncation=5.0)
+WINDOWS = ScorerConfig(short_window=WINDOW, short_stride=STRIDE)
+LIVE = replace(WINDOWS, scorer="frozen", scorer_hf=str(TINY_LLAMA))
+# A moving average that keeps everything of itself stays the initial model, which is the frozen scorer of the reference.
+EMA = replace(WINDOWS, scorer="ema", scorer_ema_decay=1.0)
+TRAJECTORIES = [
+    ("trajectory_uniform", WeightingOptions(), WINDOWS),
+    ("trajectory_dense_unfrozen", DENSE, WINDOWS),
+    ("trajectory_sparse_unfrozen", SPARSE_UNFROZEN, WINDOWS),
+    ("trajectory_longce_unfrozen", LONGCE, WINDOWS),
+    ("trajectory_dense_frozen", DENSE, LIVE),
+    ("trajectory_sparse_frozen", SPARSE_FROZEN, LIVE),
+    ("trajectory_sparse_frozen", SPARSE_FROZEN, EMA),
+]
 METRICS = {
     "weighted_loss": "weighted_loss",
     "lm_loss": "unweighted_loss",
@@ -88,7 +100,7 @@ def options(axes: Axes, data: Path, **changes) -> RunConfig:
         "data": DataConfig(data_path=str(data), seq_length=SEQ_LENGTH, shuffle=False, bos_id=BOS),
         "train": TrainConfig(train_iters=12, global_batch_size=2),
         "optimizer": OptimizationConfig(lr=1e-3, weight_decay=0.01, clip_grad=1.0, adam_beta1=0.9, adam_beta2=0.95),
-        "scorer": ScorerConfig(short_window=WINDOW, short_stride=STRIDE),
+        "scorer": WINDOWS,
         "checkpoint": CheckpointConfig(),
     }
     return RunConfig(**{**sections, **changes})
@@ -125,20 +137,22 @@ def metrics_of(save: Path) -> dict[str, np.ndarray]:
 def reference_data(tmp_path_factory, reference) -> Path:
     """The rows of the reference runs in the order in which they were used: 12 steps of two micro-batches."""
     order = np.load(reference / "trajectory_uniform.npz")["row_index"]
-    for name in TRAJECTORIES:
+    for name, *_ in TRAJECTORIES:
         assert (np.load(reference / f"{name}.npz")["row_index"] == order).all()
     return prepare_ready_rows(reference_rows()[order.flatten()], tmp_path_factory.mktemp("data") / "rows")
 
 
 @pytest.mark.parametrize("axes", EVERY_LAYOUT, ids=lambda axes: axes.name)
 def test_trajectories(axes, ranks, reference, reference_data):
-    configs = [options(axes, reference_data, weighting=weighting) for weighting in TRAJECTORIES.values()]
+    configs = [
+        options(axes, reference_data, weighting=weighting, scorer=scorer) for _, weighting, scorer in TRAJECTORIES
+    ]
     by_rank = ranks(axes.world_size).run(run_steps, axes, configs)
-    for index, name in enumerate(TRAJECTORIES):
+    for index, (name, _, scorer) in enumerate(TRAJECTORIES):
         expected, metrics = np.load(reference / f"{name}.npz"), by_rank[0][index]
         for ours, theirs in METRICS.items():
             np.testing.assert_allclose(
-                metrics[ours], expected[theirs], rtol=RELATIVE, atol=1e-6, err_msg=f"{name} {ours}"
+                metrics[ours], expected[theirs], rtol=RELATIVE, atol=1e-6, err_msg=f"{name} {scorer.scorer} {ours}"
             )
     assert all(metrics == by_rank[0] for metrics in by_rank), "every rank must report the same numbers"
 
@@ -146,31 +160,34 @@ def test_trajectories(axes, ranks, reference, reference_data):
 RESUME_FROM = 5
 
 
+MOVING = replace(WINDOWS, scorer="ema", scorer_ema_decay=0.9)
+
+
 @pytest.mark.parametrize(
-    ("before", "after"),
+    ("before", "after", "scorer"),
     [
-        (Axes(), Axes()),
-        (Axes(tp=2, cp=2), Axes(tp=2, cp=2)),
-        (Axes(pp=2, vpp_layers=1), Axes(pp=2, vpp_layers=1)),
-        (Axes(tp=2, pp=2), Axes(cp=2)),
-        (Axes(cp=2, dp=2), Axes(pp=2, vpp_layers=1)),
+        (Axes(), Axes(), WINDOWS),
+        (Axes(tp=2, cp=2), Axes(tp=2, cp=2), MOVING),
+        (Axes(pp=2, vpp_layers=1), Axes(pp=2, vpp_layers=1), WINDOWS),
+        (Axes(tp=2, pp=2), Axes(cp=2), MOVING),
+        (Axes(cp=2, dp=2), Axes(pp=2, vpp_layers=1), WINDOWS),
     ],
-    ids=lambda axes: axes.name,
+    ids=lambda value: value.name if isinstance(value, Axes) else value.scorer,
 )
-def test_stop_and_resume(before, after, ranks, reference_data, tmp_path):
+def test_stop_and_resume(before, after, scorer, ranks, reference_data, tmp_path):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    weighting = TRAJECTORIES["trajectory_sparse_unfrozen"]
 
-    def config(axes: Axes, save: Path, **train_changes) -> RunConfig:
+    def config(axes: Axes, save: Path, exit_interval: int | None = None) -> RunConfig:
         return options(
-            axes, reference_data, weighting=weighting,
-            train=TrainConfig(train_iters=9, global_batch_size=2, **train_changes),
+            axes,
+            reference_data,
+            weighting=SPARSE_UNFROZEN,
+            scorer=scorer,
+            train=TrainConfig(train_iters=9, global_batch_size=2, exit_interval=exit_interval),
             checkpoint=CheckpointConfig(save=str(save), load=str(save), save_interval=RESUME_FROM),
-        )  # fmt: skip
+        )
 
-    ranks(before.world_size).run(
-        run_all, [config(before, straight), config(before, resumed, exit_interval=RESUME_FROM)]
-    )
+    ranks(before.world_size).run(run_all, [config(before, straight), config(before, resumed, RESUME_FROM)])
     # A step after the checkpoint, lost in a crash: it must not stand twice in the log.
     with (resumed / "metrics.jsonl").open("a") as file:
         file.write(

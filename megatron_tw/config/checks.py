@@ -27,7 +27,7 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
     check_weighting(config.weighting, config.scorer)
     check_seq_length(config.parallel, config.data.seq_length)
     if config.scorer.short_window is not None:
-        check_windows(config.scorer, config.data.seq_length, config.parallel)
+        check_windows(config.scorer, config.data.seq_length)
     else:
         _require(config.scorer.short_stride is None, "--short-stride: expected --short-window with it, got none")
     check_optimizer(config.optimizer)
@@ -125,8 +125,8 @@ def check_seq_length(parallel: ParallelConfig, seq_length: int) -> None:
     )
 
 
-def check_windows(scorer: ScorerConfig, seq_length: int, parallel: ParallelConfig | None = None) -> None:
-    """The short windows of a row of `seq_length` tokens, run by ranks laid out as `parallel`. Needs `short_window`."""
+def check_windows(scorer: ScorerConfig, seq_length: int) -> None:
+    """The short windows of a row of `seq_length` tokens. Needs `short_window`."""
     window = scorer.short_window
     assert window is not None
     _at_least(2, short_window=window)
@@ -144,13 +144,6 @@ def check_windows(scorer: ScorerConfig, seq_length: int, parallel: ParallelConfi
         f"--short-stride: expected at most {window - scorer.least_context}, got {stride}, which leaves some targets a "
         f"context of {window - stride} tokens; --min-short-context, here {scorer.least_context}, says how few may be",
     )
-    if parallel is not None and parallel.uses_sequence_parallel:
-        tensor = parallel.tensor_model_parallel_size
-        _require(
-            window % tensor == 0,
-            f"--short-window: expected a multiple of --tensor-model-parallel-size {tensor} for sequence parallelism, "
-            f"got {window}",
-        )
 
 
 def check_weighting(weighting: WeightingOptions, scorer: ScorerConfig) -> None:
@@ -162,6 +155,19 @@ def check_weighting(weighting: WeightingOptions, scorer: ScorerConfig) -> None:
     _require(
         not weighting.needs_scorer or scorer.short_window is not None,
         f"--short-window: --weighting {weighting.weighting} needs the length of the scorer's windows, got none",
+    )
+    _within(0.0, 1.0, scorer_ema_decay=scorer.scorer_ema_decay)
+    for name in ("scores", "scorer_hf"):
+        _require(
+            scorer.scorer == "frozen" or getattr(scorer, name) is None,
+            f"{flag(name)}: is for --scorer frozen, got --scorer {scorer.scorer}",
+        )
+    _require(
+        not weighting.needs_scorer
+        or scorer.scorer != "frozen"
+        or (scorer.scores is None) != (scorer.scorer_hf is None),
+        "--scorer frozen: expected either --scores (cached) or --scorer-hf (live), got "
+        + ("both" if scorer.scores is not None else "neither"),
     )
 
 

@@ -173,8 +173,16 @@ class WeightingOptions:
 class ScorerConfig:
     """Scorer: who says what a target's NLL is with a short context only."""
 
-    scorer: Literal["unfrozen"] = "unfrozen"
-    """unfrozen: the model in training itself, in short windows."""
+    scorer: Literal["unfrozen", "frozen", "ema"] = "unfrozen"
+    """unfrozen: the model in training itself, in short windows; frozen: a fixed model (--scores or --scorer-hf); ema: a
+    moving average of the model in training."""
+    scores: str | None = None
+    """Frozen, cached: folder that tools/score_tokens.py wrote for these rows."""
+    scorer_hf: str | None = None
+    """Frozen, live: Hugging Face folder of a second model, kept beside the one in training on the last pipeline
+    stage."""
+    scorer_ema_decay: float = 0.999
+    """Of the moving average: what a step keeps of it."""
     short_window: int | None = None
     """Tokens of a short window (required by every weighting with a scorer)."""
     short_stride: int | None = None

@@ -40,7 +40,7 @@ def evaluate(config: EvaluationConfig) -> EvaluationResult | None:
     check_parallel(config.parallel, dist.get_world_size())
     check_seq_length(config.parallel, options.seq_length)
     if config.scorer.short_window is not None:
-        check_windows(config.scorer, options.seq_length, config.parallel)
+        check_windows(config.scorer, options.seq_length)
     source = open_source(load=options.load, load_hf=config.model.load_hf, rotary_base=config.model.rotary_base)
     architecture = source.architecture
     rows = TokenRows(options.data_path)

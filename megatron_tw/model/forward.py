@@ -70,15 +70,18 @@ def run_schedule(
     micro_batch_size: int,
     layout: Layout,
     forward_only: bool,
+    pipelined: bool = True,
 ) -> list[Any]:
     """Megatron's schedule for this layout over `micro_batches`; returns what the loss function reported, on the last
     stage.
 
     local_length: tokens of a sequence that one context-parallel rank holds. The schedules are given a whole length,
-    which they divide by the context-parallel size.
+    which they divide by the context-parallel size. pipelined=False: `model` is whole on these ranks, whatever the
+    run's pipeline.
     """
     iterators: list[Iterator[Any]] = [iter(micro_batches) for _ in model]
-    return get_forward_backward_func()(
+    schedule = get_forward_backward_func() if pipelined else get_forward_backward_func(pp_size=1, vp_size=None)
+    return schedule(
         forward_step_func=forward_step,
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=list(model),
@@ -90,7 +93,9 @@ def run_schedule(
 
 
 @torch.no_grad()
-def forward_nll(model: Sequence[torch.nn.Module], micro_batches: Sequence[Sequences], layout: Layout) -> list[Tensor]:
+def forward_nll(
+    model: Sequence[torch.nn.Module], micro_batches: Sequence[Sequences], layout: Layout, *, pipelined: bool = True
+) -> list[Tensor]:
     """Forward-only pass: local NLL [M, S] fp32 of every micro-batch on the last pipeline stage, an empty list on
     others.
 
@@ -108,6 +113,7 @@ def forward_nll(model: Sequence[torch.nn.Module], micro_batches: Sequence[Sequen
             micro_batch_size=micro_batches[0].ids_MS.shape[0],
             layout=layout,
             forward_only=True,
+            pipelined=pipelined,
         )
     finally:
         for chunk, mode in zip(model, modes, strict=True):
@@ -145,7 +151,8 @@ class ShortWindowScorer:
     windows: all windows of a row. mine: those of this rank's sub-group. group: the sub-group (None: this rank alone).
     padded_length: tokens of a window with the padding that sharding wants; padding stands behind the last token,
     which no earlier token sees. bos_id: replaces a window's first token where the row begins with it; None never does.
-    scoring_micro_batch: windows that run at once.
+    scoring_micro_batch: windows that run at once. pipelined: the scoring model lies over the run's pipeline stages;
+    else it is whole on the ranks that call (those of the last stage).
     """
 
     seq_length: int
@@ -156,6 +163,7 @@ class ShortWindowScorer:
     bos_id: int | None
     scoring_micro_batch: int
     layout: Layout
+    pipelined: bool
 
     @staticmethod
     def create(
@@ -168,6 +176,7 @@ class ShortWindowScorer:
         layout: Layout,
         sequence_parallel: bool,
         scoring_micro_batch: int | None = None,
+        pipelined: bool = True,
     ) -> "ShortWindowScorer":
         """Deal the windows out. Collective over the world (it may create groups).
 
@@ -190,6 +199,7 @@ class ShortWindowScorer:
             bos_id=bos_id,
             scoring_micro_batch=scoring_micro_batch or max(1, len(mine)),
             layout=layout,
+            pipelined=pipelined,
         )
 
     def nll(self, model: Sequence[torch.nn.Module], rows_RN: Tensor) -> Tensor | None:
@@ -213,7 +223,7 @@ class ShortWindowScorer:
                 ids_LN.split(self.scoring_micro_batch), labels_LN.split(self.scoring_micro_batch), strict=True
             )
         ]
-        nlls = forward_nll(model, batches, self.layout)
+        nlls = forward_nll(model, batches, self.layout, pipelined=self.pipelined)
         if not nlls:
             return None
         local_positions = zigzag_positions(self.padded_length, rank=shard.rank, size=shard.size, device=rows_RN.device)
@@ -247,7 +257,7 @@ class ShortWindowScorer:
                 labels.append(torch.nn.functional.pad(y_n, (0, self.padded_length - window.length), value=IGNORED))
                 row_of.append(row)
                 start_of.append(window.start)
-        multiple = self.scoring_micro_batch * (self.layout.pp_size if self.layout.vpp_size else 1)
+        multiple = self.scoring_micro_batch * (self.layout.pp_size if self.layout.vpp_size and self.pipelined else 1)
         for _ in range(-len(ids) % multiple or (multiple if not ids else 0)):
             ids.append(torch.zeros(self.padded_length, dtype=torch.int64, device=device))
             labels.append(torch.full((self.padded_length,), IGNORED, dtype=torch.int64, device=device))

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -49,6 +49,16 @@ class RunState:
     loader: dict[str, Any]
 
 
+class HasState(Protocol):
+    """A part of a run that keeps something of its own in a checkpoint."""
+
+    def sharded_state(self) -> dict[str, Any]:
+        """Entries of a sharded state dict, named as nothing else in the checkpoint is; may be empty."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take these entries back from a loaded state dict."""
+
+
 @dataclass(frozen=True)
 class SavedCheckpoint:
     """A complete checkpoint on disk and what its header says."""
@@ -58,6 +68,7 @@ class SavedCheckpoint:
     architecture: Architecture
     layout: str
     weights_only: bool
+    scorer_state: bool
 
     @property
     def tokenizer_dir(self) -> Path:
@@ -89,7 +100,9 @@ def find_checkpoint(folder: str | Path) -> SavedCheckpoint | None:
         raise ValueError(f"{header_path}: expected version {FORMAT_VERSION}, got {header.get('version')!r}")
     architecture = parse_architecture(header["hf_config"], str(header_path))
     state = RunState(**header["state"])
-    return SavedCheckpoint(directory, state, architecture, header["layout"], header["weights_only"])
+    return SavedCheckpoint(
+        directory, state, architecture, header["layout"], header["weights_only"], header["scorer_state"]
+    )
 
 
 def checkpoint_dir(folder: str | Path, iteration: int) -> Path:
@@ -140,6 +153,7 @@ def save_checkpoint(
     *,
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
+    scorer: HasState | None = None,
     config: object | None = None,
     tokenizer_dir: Path | None = None,
 ) -> Path:
@@ -157,6 +171,8 @@ def save_checkpoint(
     if optimizer is not None and scheduler is not None:
         sharded["optimizer"] = optimizer.sharded_state_dict(_model_state(chunks), metadata=dict(_METADATA))
         sharded["scheduler"] = scheduler.state_dict()
+    scorer_state = scorer.sharded_state() if scorer is not None else {}
+    sharded |= scorer_state
     dist_checkpointing.save(sharded, str(directory))
     if layout.rank == 0:
         architecture = chunks[0].architecture
@@ -164,6 +180,7 @@ def save_checkpoint(
             "version": FORMAT_VERSION,
             "state": asdict(state),
             "weights_only": optimizer is None,
+            "scorer_state": bool(scorer_state),
             "layout": layout.describe(),
             "hf_config": export_hf_config(
                 architecture, max_position_embeddings=state.seq_length, dtype=next(chunks[0].parameters()).dtype
@@ -184,6 +201,7 @@ def load_checkpoint(
     chunks: Sequence[TokenWeightedGPT],
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
+    scorer: HasState | None = None,
 ) -> None:
     """Read weights, and with an optimizer its state and the schedule's, into a model of any layout. Collective over
     the world."""
@@ -194,6 +212,8 @@ def load_checkpoint(
         sharded["optimizer"] = optimizer.sharded_state_dict(
             _model_state(chunks), is_loading=True, metadata=dict(_METADATA)
         )
+    if scorer is not None and saved.scorer_state:
+        sharded |= scorer.sharded_state()
     state = dist_checkpointing.load(sharded, str(saved.directory))
     for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True):
         chunk.load_state_dict(state[key])
@@ -201,6 +221,8 @@ def load_checkpoint(
         optimizer.load_state_dict(state["optimizer"])
     if scheduler is not None:
         scheduler.load_state_dict(state["scheduler"])
+    if scorer is not None and saved.scorer_state:
+        scorer.load_state(state)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -12,7 +12,7 @@ from megatron_tw.model.architecture import Architecture, read_architecture
 from megatron_tw.model.build import load_hf
 from megatron_tw.model.gpt import TokenWeightedGPT
 from megatron_tw.parallel.layout import Layout
-from megatron_tw.runtime.checkpoint import SavedCheckpoint, check_same_model, find_checkpoint, load_checkpoint
+from megatron_tw.runtime.checkpoint import HasState, SavedCheckpoint, check_same_model, find_checkpoint, load_checkpoint
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,13 @@ class ModelSource:
         layout: Layout,
         optimizer: MegatronOptimizer | None = None,
         scheduler: OptimizerParamScheduler | None = None,
+        scorer: HasState | None = None,
     ) -> None:
-        """Load the weights into `chunks`; from a checkpoint also the states of optimizer and scheduler. Collective
+        """Load the weights into `chunks`; from a checkpoint also the states of optimizer, scheduler and
+        scorer. Collective
         over the world."""
         if self.saved is not None:
-            load_checkpoint(self.saved, chunks, optimizer, scheduler)
+            load_checkpoint(self.saved, chunks, optimizer, scheduler, scorer)
         else:
             assert self.load_hf is not None
             load_hf(chunks, self.load_hf, self.architecture, layout)

@@ -8,13 +8,13 @@ from megatron_tw.config import RunConfig, check_config, virtual_pipeline_size
 from megatron_tw.data.loader import Loader, RowOrder
 from megatron_tw.data.rows import TOKENIZER_DIR, TokenRows, check_rows
 from megatron_tw.model.build import build_model, check_export_target, save_hf
-from megatron_tw.model.forward import ShortWindowScorer
 from megatron_tw.parallel.devices import Device, peak_memory_bytes, prepare_device
 from megatron_tw.parallel.layout import Layout, make_layout, start_process_group
 from megatron_tw.runtime.checkpoint import RunState, check_save_target, save_checkpoint
 from megatron_tw.runtime.metrics import MetricsLog
 from megatron_tw.runtime.optimizer import make_optimizer, make_scheduler, wrap_for_training
-from megatron_tw.runtime.source import ModelSource, open_source, row_bos_id
+from megatron_tw.runtime.source import ModelSource, open_source
+from megatron_tw.training.scorers import make_scorer
 from megatron_tw.training.step import TrainingStep
 from megatron_tw.weighting import Weighting
 from megatron_tw.weighting.options import weighting_from_options
@@ -96,6 +96,16 @@ class Run:
         model = wrap_for_training(chunks, config)
         optimizer = make_optimizer(model, config)
         scheduler = make_scheduler(optimizer, config)
+        scorer = make_scorer(
+            config,
+            inputs.weighting,
+            rows=inputs.rows,
+            architecture=source.architecture,
+            model=model,
+            chunks=chunks,
+            layout=layout,
+            device=device,
+        )
         loader = Loader(
             inputs.rows,
             RowOrder(len(inputs.rows), seed=config.train.seed, shuffle=config.data.shuffle),
@@ -106,7 +116,7 @@ class Run:
         )
         iteration = 0
         if source.saved is not None:
-            source.fill(chunks, layout, optimizer, scheduler)
+            source.fill(chunks, layout, optimizer, scheduler, scorer)
             if source.saved.weights_only:
                 optimizer.reload_model_params()
             else:
@@ -119,7 +129,7 @@ class Run:
             layout=layout,
             device=device,
             weighting=inputs.weighting,
-            scorer=make_scorer(config, inputs, layout),
+            scorer=scorer,
             window=config.scorer.short_window if inputs.weighting.needs_scorer else None,
             seed=config.train.seed,
         )
@@ -202,24 +212,7 @@ class Run:
             self.layout,
             optimizer=self.step.optimizer,
             scheduler=self.step.scheduler,
+            scorer=self.step.scorer,
             config=self.config,
             tokenizer_dir=self.inputs.tokenizer_dir,
         )
-
-
-def make_scorer(config: RunConfig, inputs: Inputs, layout: Layout) -> ShortWindowScorer | None:
-    """The unfrozen scorer of this run, None for schemes that need none. Collective over the world."""
-    if not inputs.weighting.needs_scorer:
-        return None
-    window = config.scorer.short_window
-    assert window is not None  # checked with the options
-    return ShortWindowScorer.create(
-        config.data.seq_length,
-        window,
-        config.scorer.stride(config.data.seq_length),
-        include_first=False,
-        bos_id=row_bos_id(config.data.bos_id, inputs.rows, inputs.source.architecture),
-        layout=layout,
-        sequence_parallel=config.parallel.uses_sequence_parallel,
-        scoring_micro_batch=config.scorer.scoring_micro_batch,
-    )

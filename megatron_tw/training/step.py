@@ -23,11 +23,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_tw.data.loader import Batch
-from megatron_tw.model.forward import Sequences, ShortWindowScorer, call_model, long_sequences, run_schedule
+from megatron_tw.model.forward import Sequences, call_model, long_sequences, run_schedule
 from megatron_tw.parallel.devices import Device, synchronize
 from megatron_tw.parallel.layout import Layout, gather_over_context, same_on_tensor_ranks
 from megatron_tw.parallel.zigzag import zigzag_shard
-from megatron_tw.weighting import Weighting, check_finite, token_weights, unfrozen_short_nll
+from megatron_tw.training.scorers import Scorer
+from megatron_tw.weighting import Weighting, check_finite, token_weights
 
 _SUMS = (
     "weighted_nll",
@@ -67,7 +68,7 @@ class TrainingStep:
     layout: Layout
     device: Device
     weighting: Weighting
-    scorer: ShortWindowScorer | None
+    scorer: Scorer | None
     window: int | None
     seed: int
 
@@ -106,6 +107,8 @@ class TrainingStep:
         if not updated:
             raise ValueError("gradients: NaN or infinite; no update was made. A lower --lr or --clip-grad may help")
         self.scheduler.step(increment=1)
+        if self.scorer is not None:
+            self.scorer.after_update()
         synchronize()
         tokens = sums["rows"] * (batches[0].tokens.shape[1])
         return {
@@ -122,10 +125,11 @@ class TrainingStep:
         }
 
     def _prepare(self, batches: Sequence[Batch]) -> list[StepBatch]:
-        """Rows onto the device, and their short NLL by the model as it is before this step (the unfrozen scorer)."""
+        """Rows onto the device, and their short NLL by the scorer as it is before this step."""
         rows_RN = torch.cat([batch.tokens for batch in batches]).to(self.device.device)
         size = len(batches[0].tokens)
-        short_RT = self.scorer.nll(self.model, rows_RN) if self.scorer is not None else None
+        row_index_R = torch.cat([batch.row_index for batch in batches])
+        short_RT = self.scorer.score(rows_RN, row_index_R) if self.scorer is not None else None
         if self.scorer is not None:
             synchronize()
         prepared = []
@@ -156,8 +160,8 @@ class TrainingStep:
         long_MT = gather_over_context(nll_MS.detach(), self.layout)[:, :-1]
         short_MT = batch.short_nll_MT
         if short_MT is not None:
-            assert self.window is not None
-            short_MT = unfrozen_short_nll(long_MT, short_MT, self.window)
+            assert self.scorer is not None
+            short_MT = self.scorer.complete(short_MT, long_MT)
         weights_MT = token_weights(
             long_MT, short_MT, self.weighting, valid=batch.valid_MT, row_ids=batch.row_index_M, seed=self.seed
         )
