@@ -18,6 +18,7 @@ table { border-collapse: collapse; width: 100%; margin: .4rem 0 1.4rem; font-var
 caption { text-align: left; font-weight: 600; padding: .3rem 0; }
 th, td { padding: .4rem .7rem; text-align: right; border-bottom: 1px solid #dde1e6; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #1c2430; }
+table.words th, table.words td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 td.best { font-weight: 700; color: #005a8c; }
 .wide { overflow-x: auto; } img { max-width: 100%; height: auto; display: block; margin: 1rem auto; }
 pre { background: #f0f2f5; padding: .8rem 1rem; overflow-x: auto; font-size: .82rem; line-height: 1.45; }
@@ -89,14 +90,14 @@ def _subtitle(comparison: Comparison) -> str:
 
 
 def _html_table(table: Table) -> str:
-    best = _best_cells(table) if table.lowest_is_best else set()
+    best = _best_cells(table) if table.kind == "nll" else set()
     head = "".join(f"<th>{escape(cell)}</th>" for cell in table.head)
     rows = ""
     for r, row in enumerate(table.rows):
         cells = (_cell(cell, is_best=(r, c) in best) for c, cell in enumerate(row))
         rows += f"<tr>{''.join(cells)}</tr>"
     return (
-        f'<div class="wide"><table><caption>{escape(table.title)}</caption>'
+        f'<div class="wide"><table class="{table.kind}"><caption>{escape(table.title)}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
@@ -130,7 +131,7 @@ def _evaluated(results: Mapping[str, EvaluationResult]) -> Table:
             )
             for name, result in results.items()
         ),
-        lowest_is_best=False,
+        kind="words",
     )
 
 

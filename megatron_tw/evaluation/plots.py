@@ -62,6 +62,7 @@ def plot_key_tokens(comparison: Comparison) -> bytes:
         axes.annotate(f"{model.key.nll:.3f}{difference}", (i, model.key.nll), ha="center", va="bottom", fontsize=8.5)
     if not comparison.key.count:
         axes.text(0.5, 0.5, "no target is a key token", ha="center", va="center", transform=axes.transAxes)
+        axes.set_yticks([])
     axes.set_xticks(range(len(comparison.models)), [model.name for model in comparison.models])
     axes.set_xlim(-0.6, len(comparison.models) - 0.4)
     axes.margins(y=0.18)

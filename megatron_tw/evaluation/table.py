@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_tw.evaluation.compare import CLEAR, Comparison, Measure, ModelRow
 
-NO_KEY_TOKENS = "no target is a key token, so nothing can be said about long-range prediction"
+NO_KEY_TOKENS = "No target is a key token, so nothing can be said about long-range prediction."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,8 +16,8 @@ class Table:
     title: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    lowest_is_best: bool
-    """Whether the lowest figure of each column may be marked."""
+    kind: Literal["nll", "difference", "words"]
+    """What the cells are: of NLLs, the lowest of each column is the best."""
 
 
 def tables(comparison: Comparison) -> list[Table]:
@@ -33,13 +34,13 @@ def tables(comparison: Comparison) -> list[Table]:
                 (model.name, *(_figure(measure.nll) for measure in _measures(model)), _figure(model.long_ppl, 2))
                 for model in comparison.models
             ),
-            lowest_is_best=True,
+            kind="nll",
         ),
         Table(
             title="NLL by position of the target (tokens before it)",
             head=("model", *(f"{bucket.first}-{bucket.last}" for bucket in buckets)),
             rows=tuple((model.name, *(_figure(bucket.nll) for bucket in model.buckets)) for model in comparison.models),
-            lowest_is_best=True,
+            kind="nll",
         ),
     ]
     if others:
@@ -47,7 +48,7 @@ def tables(comparison: Comparison) -> list[Table]:
             title=f"Difference to {comparison.reference} (± standard error over rows)",
             head=sets,
             rows=tuple((model.name, *(str(m.difference or "-") for m in _measures(model))) for model in others),
-            lowest_is_best=False,
+            kind="difference",
         )
         found.insert(1, difference)
     return found
@@ -63,28 +64,25 @@ def notes(comparison: Comparison) -> list[str]:
         f"Standard errors are over rows; a difference is called clear beyond {CLEAR:g} of them. Each model is one "
         "training run: how much another seed would change is not in them.",
     ]
-    if not comparison.key.count:
-        found.append(f"Under these settings {NO_KEY_TOKENS}.")
-    elif comparison.key.name in {model.name for model in comparison.models}:
+    if comparison.key.count and comparison.key.name in {model.name for model in comparison.models}:
         found.append(
-            f"{comparison.key.name} itself chose the key tokens: where its own long-context prediction is good. That "
-            "favours it in this column."
+            f"{comparison.key.name} itself chose the key tokens, where its own prediction with the long context is "
+            "good: their NLL favours it."
         )
     return found
 
 
 def verdicts(comparison: Comparison) -> list[str]:
-    """One sentence for each model that is not the reference."""
+    """What came out: one sentence for each model that is not the reference, after one that concerns all."""
     reference = comparison.reference
-    found = []
+    found = [] if comparison.key.count else [NO_KEY_TOKENS]
     for model in comparison.models:
         if model.name == reference:
             continue
-        if model.key.difference is None:
-            on_key = f"{model.name}: {NO_KEY_TOKENS}"
-        else:
-            on_key = f"{model.name} {_verdict(model.key, reference)} on the key tokens: NLL {model.key.difference}"
-        found.append(f"{on_key}; it {_verdict(model.all, reference)} over all targets: NLL {model.all.difference}.")
+        sentence = f"{model.name} {_verdict(model.all, reference)} over all targets: NLL {model.all.difference}"
+        if model.key.difference is not None:
+            sentence += f"; it {_verdict(model.key, reference)} on the key tokens: NLL {model.key.difference}"
+        found.append(f"{sentence}.")
     return found
 
 
