@@ -123,7 +123,7 @@ def run_steps(axes: Axes, configs: list[RunConfig]) -> list[dict[str, list[float
         inputs = open_inputs(config)
         with layout_of(axes) as layout:
             run = Run.start(config, inputs, layout, prepare_device())
-            steps = [run.step(next(run.loader)) for _ in range(config.train.train_iters)]
+            steps = [run.step(next(run.loader), iteration) for iteration in range(config.train.train_iters)]
         all_metrics.append({key: [step[key] for step in steps] for key in METRICS})
     return all_metrics
 

@@ -1,9 +1,12 @@
 import doctest
+from dataclasses import replace
 
 import pytest
 import torch
 
+from megatron_tw.config import WeightingOptions
 from megatron_tw.weighting import ExactConfig, WeightingConfig, parse_schedule, schedule, token_weights
+from megatron_tw.weighting.options import schedule_from_options
 
 UNIFORM = WeightingConfig.preset("uniform")
 LONG_NLL, SHORT_NLL = torch.rand(2, 2, 40, generator=torch.Generator().manual_seed(0)) * 5
@@ -95,3 +98,42 @@ def test_bad_schedules_say_what_is_wrong(entries, message):
 def test_base_refuses_what_it_does_not_have():
     with pytest.raises(ValueError, match="base has the numbers truncation, sparsification, interpolation, not alpha"):
         parse_schedule("0: base alpha=1", base=UNIFORM)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, WeightingConfig.preset("uniform")),
+        ({"weighting": "dense", "interpolation": 0.5}, WeightingConfig.preset("dense", interpolation=0.5)),
+        ({"weighting": "sparse", "truncation": 3.0}, replace(WeightingConfig.preset("sparse"), truncation=3.0)),
+        ({"weighting": "exact", "tau": 2048.0}, ExactConfig(tau=2048.0)),
+        ({"weighting": "custom", "transforms": ("absolute",)}, WeightingConfig(transforms=("absolute",))),
+    ],
+)
+def test_options_make_a_scheme(options, expected):
+    schedule = schedule_from_options(WeightingOptions(**options))
+    assert schedule.at(0) == schedule.at(10**6) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weighting": "dens"}, "--weighting: expected one of .*'dens'"),
+        ({"weighting": "uniform", "interpolation": 0.5}, "--interpolation: --weighting uniform does not have"),
+        ({"weighting": "exact", "sparsification": 0.5}, "--sparsification: --weighting exact does not have"),
+        ({"weighting": "dense", "shift": 2.0}, "--shift: --weighting dense does not have"),
+        ({"weighting": "custom", "shift": 2.0}, "--shift: a custom scheme says it in --transforms"),
+        ({"weighting": "custom", "tau": 2.0}, "--tau: a custom scheme does not have"),
+        ({"weighting_schedule": "0: dens"}, "--weighting-schedule: in '0: dens'"),
+    ],
+)
+def test_options_that_a_scheme_does_not_have(options, message):
+    with pytest.raises(ValueError, match=message):
+        schedule_from_options(WeightingOptions(**options))
+
+
+def test_base_stands_for_the_other_options():
+    options = WeightingOptions(weighting="dense", interpolation=0.5, weighting_schedule="0: uniform; 10: base")
+    schedule = schedule_from_options(options)
+    assert not schedule.at(9).needs_scorer
+    assert schedule.at(10) == WeightingConfig.preset("dense", interpolation=0.5)

@@ -147,7 +147,12 @@ class WeightingOptions:
     """Token weights: a preset and what differs from it. Null is the preset's value, or no such step if custom."""
 
     weighting: str = "uniform"
-    """Preset (uniform, dense, sparse, longce, ppmi, npmi, rho1), or custom for a scheme made of the options below."""
+    """Preset (uniform, dense, sparse, longce, ppmi, npmi, rho1, exact), or custom for a scheme made of the options
+    below."""
+    weighting_schedule: str | None = None
+    """Stages "STEP: SCHEME NAME=NUMBER ..." separated by ";", "STEP linear: ..." or "STEP cosine: ..." to move there;
+    SCHEME
+    is a preset or base, the scheme of the other options. Example: "0: uniform; 100 linear: base; 300: sparse"."""
     comparison: Literal["difference", "quotient"] | None = None
     """Score from long and short NLL: their difference or their quotient."""
     transforms: tuple[str, ...] | None = None
@@ -162,6 +167,12 @@ class WeightingOptions:
     """Share of uniform weights mixed in (1: plain cross-entropy)."""
     shift: float | None = None
     """The S of ppmi and npmi."""
+    alpha: float | None = None
+    """Mean extra weight of the long-context targets of exact."""
+    gamma: float | None = None
+    """How much exact favours rare context lengths."""
+    tau: float | None = None
+    """Least context, in tokens, of the targets that exact favours."""
 
     @property
     def needs_scorer(self) -> bool:

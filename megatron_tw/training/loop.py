@@ -16,8 +16,8 @@ from megatron_tw.runtime.optimizer import make_optimizer, make_scheduler, wrap_f
 from megatron_tw.runtime.source import ModelSource, open_source
 from megatron_tw.training.scorers import make_scorer
 from megatron_tw.training.step import TrainingStep
-from megatron_tw.weighting import Weighting
-from megatron_tw.weighting.options import weighting_from_options
+from megatron_tw.weighting.options import schedule_from_options
+from megatron_tw.weighting.schedule import WeightingSchedule
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Inputs:
 
     rows: TokenRows
     source: ModelSource
-    weighting: Weighting
+    schedule: WeightingSchedule
     tokenizer_dir: Path | None
 
 
@@ -64,11 +64,14 @@ def open_inputs(config: RunConfig) -> Inputs:
     )
     rows = TokenRows(config.data.data_path)
     check_rows(rows, seq_length=config.data.seq_length, model_vocab_size=source.architecture.vocab_size)
+    schedule = schedule_from_options(config.weighting)
+    if schedule.needs_scorer and config.scorer.short_window is None:
+        raise ValueError("--short-window: the weighting needs the length of the scorer's windows, got none")
     tokenizer_dir = rows.path / TOKENIZER_DIR
     return Inputs(
         rows=rows,
         source=source,
-        weighting=weighting_from_options(config.weighting),
+        schedule=schedule,
         tokenizer_dir=tokenizer_dir if tokenizer_dir.is_dir() else source.tokenizer_dir,
     )
 
@@ -98,7 +101,7 @@ class Run:
         scheduler = make_scheduler(optimizer, config)
         scorer = make_scorer(
             config,
-            inputs.weighting,
+            inputs.schedule,
             rows=inputs.rows,
             architecture=source.architecture,
             model=model,
@@ -128,9 +131,9 @@ class Run:
             scheduler=scheduler,
             layout=layout,
             device=device,
-            weighting=inputs.weighting,
+            schedule=inputs.schedule,
             scorer=scorer,
-            window=config.scorer.short_window if inputs.weighting.needs_scorer else None,
+            window=config.scorer.short_window if inputs.schedule.needs_scorer else None,
             seed=config.train.seed,
         )
         return Run(
@@ -143,7 +146,7 @@ class Run:
         log = self._open_log()
         try:
             while self.iteration < last:
-                metrics = self.step(next(self.loader))
+                metrics = self.step(next(self.loader), self.iteration)
                 self.iteration += 1
                 if log is not None:
                     log.write(self._with_run_metrics(metrics))

@@ -25,7 +25,8 @@ from megatron_tw.model.gpt import TokenWeightedGPT
 from megatron_tw.parallel.devices import Device
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.runtime.source import row_bos_id
-from megatron_tw.weighting import Weighting, unfrozen_short_nll
+from megatron_tw.weighting import unfrozen_short_nll
+from megatron_tw.weighting.schedule import WeightingSchedule
 
 
 class Scorer(Protocol):
@@ -184,7 +185,7 @@ class EmaScorer(_Stateless):
 
 def make_scorer(
     config: RunConfig,
-    weighting: Weighting,
+    schedule: WeightingSchedule,
     *,
     rows: TokenRows,
     architecture: Architecture,
@@ -198,7 +199,7 @@ def make_scorer(
     Raises:
         ValueError: the scorer does not fit the run; names the option.
     """
-    if not weighting.needs_scorer:
+    if not schedule.needs_scorer:
         return None
     options, seq_length = config.scorer, config.data.seq_length
     window = options.short_window

@@ -11,7 +11,7 @@ micro-batch.
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,20 +29,24 @@ from megatron_tw.parallel.layout import Layout, gather_over_context, same_on_ten
 from megatron_tw.parallel.zigzag import zigzag_shard
 from megatron_tw.training.scorers import Scorer
 from megatron_tw.weighting import Weighting, check_finite, token_weights
+from megatron_tw.weighting.schedule import WeightingSchedule
 
 _SUMS = (
     "weighted_nll",
     "nll",
     "targets",
-    "weight_std",
-    "zero_weights",
-    "weight_beyond_window",
     "weights",
+    "weight_beyond_window",
+    "zero_weights",
+    "weight_std",
+    "weight_entropy",
+    "effective_targets",
     "rows",
     "nonfinite",
 )
-"""What a micro-batch reports, as sums over its rows; summed over micro-batches and data-parallel ranks before any
-division."""
+"""What a micro-batch reports, as sums over its targets or rows; summed over micro-batches and data-parallel ranks
+before
+any division."""
 
 
 @dataclass(frozen=True)
@@ -67,30 +71,36 @@ class TrainingStep:
     scheduler: OptimizerParamScheduler
     layout: Layout
     device: Device
-    weighting: Weighting
+    schedule: WeightingSchedule
     scorer: Scorer | None
     window: int | None
     seed: int
+    _seen: list[tuple[StepBatch, Tensor, Tensor | None]] = field(default_factory=list, init=False)
 
-    def __call__(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """Run one step on `batches`, this data-parallel rank's micro-batches of the same size.
+    def __call__(self, batches: Sequence[Batch], iteration: int) -> dict[str, float]:
+        """Run the step that `iteration` steps have gone before on `batches`, this data-parallel rank's micro-batches of
+        the same size.
 
-        Returns metrics on every rank: weighted_loss, lm_loss (unweighted), weight_std and the other weight
-        statistics, grad_norm (before clipping), learning_rate, scoring_seconds, step_seconds, tokens.
+        Returns metrics on every rank: weighted_loss, lm_loss (unweighted); of the weights mean, std, entropy (nats,
+        of a row's weights as shares), effective sample size ((sum w)^2 / sum w^2, as a share of the targets), shares of
+        zeros and beyond the old context; grad_norm (before clipping), learning_rate, scoring_seconds, step_seconds,
+        tokens.
 
         Raises:
             ValueError: a NaN or infinite NLL, before the optimizer sees it; on every rank.
         """
         synchronize()
         started = time.perf_counter()
-        step_batches = self._prepare(batches)
+        self._seen.clear()
+        weighting = self.schedule.at(iteration)
+        step_batches = self._prepare(batches, weighting)
         scored = time.perf_counter()
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         reports = run_schedule(
             self.model,
-            self._forward_step,
+            partial(self._forward_step, weighting),
             step_batches,
             local_length=step_batches[0].sequences.ids_MS.shape[1],
             micro_batch_size=len(step_batches[0].row_index_M),
@@ -99,9 +109,7 @@ class TrainingStep:
         )
         sums = self._sum_over_run(reports)
         if sums["nonfinite"]:
-            raise ValueError(
-                f"NLL: {sums['nonfinite']:.0f} targets are NaN or infinite (one is named above); no update was made"
-            )
+            self._raise_nonfinite(sums["nonfinite"])
         learning_rate = self.scheduler.get_lr(self.optimizer.param_groups[0])
         updated, grad_norm, _ = self.optimizer.step()
         if not updated:
@@ -114,7 +122,10 @@ class TrainingStep:
         return {
             "weighted_loss": sums["weighted_nll"] / sums["targets"],
             "lm_loss": sums["nll"] / sums["targets"],
+            "weight_mean": sums["weights"] / sums["targets"],
             "weight_std": sums["weight_std"] / sums["rows"],
+            "weight_entropy": sums["weight_entropy"] / sums["rows"],
+            "effective_sample_size": sums["effective_targets"] / sums["targets"],
             "zero_weight_share": sums["zero_weights"] / sums["targets"],
             "weight_share_beyond_window": sums["weight_beyond_window"] / sums["weights"] if sums["weights"] else 0.0,
             "grad_norm": float(grad_norm),
@@ -124,13 +135,14 @@ class TrainingStep:
             "step_seconds": time.perf_counter() - started,
         }
 
-    def _prepare(self, batches: Sequence[Batch]) -> list[StepBatch]:
+    def _prepare(self, batches: Sequence[Batch], weighting: Weighting) -> list[StepBatch]:
         """Rows onto the device, and their short NLL by the scorer as it is before this step."""
         rows_RN = torch.cat([batch.tokens for batch in batches]).to(self.device.device)
         size = len(batches[0].tokens)
         row_index_R = torch.cat([batch.row_index for batch in batches])
-        short_RT = self.scorer.score(rows_RN, row_index_R) if self.scorer is not None else None
-        if self.scorer is not None:
+        short_RT = None
+        if self.scorer is not None and weighting.needs_scorer:
+            short_RT = self.scorer.score(rows_RN, row_index_R)
             synchronize()
         prepared = []
         for index, (batch, rows_MN) in enumerate(zip(batches, rows_RN.split(size), strict=True)):
@@ -149,11 +161,13 @@ class TrainingStep:
             )
         return prepared
 
-    def _forward_step(self, iterator: Iterator[StepBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+    def _forward_step(
+        self, weighting: Weighting, iterator: Iterator[StepBatch], model: torch.nn.Module
+    ) -> tuple[Tensor, Any]:
         batch = next(iterator)
-        return call_model(model, batch.sequences), partial(self._loss, batch)
+        return call_model(model, batch.sequences), partial(self._loss, weighting, batch)
 
-    def _loss(self, batch: StepBatch, nll_SM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _loss(self, weighting: Weighting, batch: StepBatch, nll_SM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted sum over this rank's targets, its count of valid targets (an integer, free of weights), and the
         report."""
         nll_MS = nll_SM.transpose(0, 1)
@@ -163,7 +177,7 @@ class TrainingStep:
             assert self.scorer is not None
             short_MT = self.scorer.complete(short_MT, long_MT)
         weights_MT = token_weights(
-            long_MT, short_MT, self.weighting, valid=batch.valid_MT, row_ids=batch.row_index_M, seed=self.seed
+            long_MT, short_MT, weighting, valid=batch.valid_MT, row_ids=batch.row_index_M, seed=self.seed
         )
         weights_MT = same_on_tensor_ranks(weights_MT, self.layout)
         shard = batch.sequences.shard
@@ -173,36 +187,42 @@ class TrainingStep:
         )
         # A masked target may hold anything: 0 * NaN must not reach the sum.
         loss = (weights_MS * torch.where(valid_MS, nll_MS, 0.0)).sum()
-        return loss, valid_MS.sum().int(), self._report(batch, long_MT, short_MT, weights_MT)
+        self._seen.append((batch, long_MT, short_MT))
+        return loss, valid_MS.sum().int(), self._report(batch.valid_MT, long_MT, short_MT, weights_MT)
 
-    def _report(self, batch: StepBatch, long_MT: Tensor, short_MT: Tensor | None, weights_MT: Tensor) -> Tensor:
-        """The sums named in _SUMS over whole rows, fp64."""
-        valid_MT = batch.valid_MT
+    def _report(self, valid_MT: Tensor, long_MT: Tensor, short_MT: Tensor | None, weights_MT: Tensor) -> Tensor:
+        """The sums named in _SUMS over whole rows, fp64, without waiting for the device."""
         finite_MT = long_MT.isfinite() if short_MT is None else long_MT.isfinite() & short_MT.isfinite()
-        bad_MT = valid_MT & ~finite_MT
-        if bool(bad_MT.any()):
-            try:
-                for name, nll in (("long NLL", long_MT), ("short NLL", short_MT)):
-                    if nll is not None:
-                        check_finite(nll, valid=valid_MT, row_ids=batch.row_index_M, name=name, rank=self.layout.rank)
-            except ValueError as error:  # raised again, on every rank, once all of them know
-                print(f"error: {error}", flush=True)
         long_MT, weights_MT = torch.where(valid_MT, long_MT, 0.0).double(), weights_MT.double()
-        count_M = valid_MT.sum(1)
-        mean_M1 = (weights_MT.sum(1) / count_M.clamp(min=1))[:, None]
+        count_M, total_M = valid_MT.sum(1), weights_MT.sum(1)
+        mean_M1 = (total_M / count_M.clamp(min=1))[:, None]
         variance_M = torch.where(valid_MT, (weights_MT - mean_M1) ** 2, 0.0).sum(1) / (count_M - 1).clamp(min=1)
-        sums = (
-            (weights_MT * long_MT).sum(),
-            long_MT.sum(),
-            count_M.sum(),
-            variance_M.sqrt().sum(),
-            (valid_MT & (weights_MT == 0)).sum(),
-            weights_MT[:, self.window or weights_MT.shape[1] :].sum(),
-            weights_MT.sum(),
-            torch.tensor(len(weights_MT), device=weights_MT.device),
-            bad_MT.sum(),
-        )
-        return torch.stack([x.double() for x in sums])
+        shares_MT = weights_MT / torch.where(total_M == 0, 1.0, total_M)[:, None]
+        squares_M = (shares_MT**2).sum(1)
+        sums = {
+            "weighted_nll": (weights_MT * long_MT).sum(),
+            "nll": long_MT.sum(),
+            "targets": count_M.sum(),
+            "weights": total_M.sum(),
+            "weight_beyond_window": weights_MT[:, self.window or weights_MT.shape[1] :].sum(),
+            "zero_weights": (valid_MT & (weights_MT == 0)).sum(),
+            "weight_std": variance_M.sqrt().sum(),
+            "weight_entropy": -torch.xlogy(shares_MT, shares_MT).sum(),
+            "effective_targets": torch.where(squares_M > 0, 1.0 / squares_M.clamp(min=1e-300), 0.0).sum(),
+            "rows": torch.tensor(len(weights_MT), device=weights_MT.device),
+            "nonfinite": (valid_MT & ~finite_MT).sum(),
+        }
+        return torch.stack([sums[name].double() for name in _SUMS])
+
+    def _raise_nonfinite(self, count: float) -> None:
+        """Every rank raises; one that holds such a target names its row and position."""
+        for batch, long_MT, short_MT in self._seen:
+            for name, nll_MT in (("long NLL", long_MT), ("short NLL", short_MT)):
+                if nll_MT is not None:
+                    check_finite(
+                        nll_MT, valid=batch.valid_MT, row_ids=batch.row_index_M, name=name, rank=self.layout.rank
+                    )
+        raise ValueError(f"NLL: {count:.0f} targets on other ranks are NaN or infinite; no update was made")
 
     def _sum_over_run(self, reports: Sequence[Tensor]) -> dict[str, float]:
         """Sums over micro-batches and data-parallel ranks, on every rank: the last pipeline stage has them and tells
