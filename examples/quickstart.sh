@@ -31,9 +31,9 @@ if [ "$size" = full ]; then
     eval_rows=160 eval_stride=32                               # evaluation
 else
     corpus_bytes=1000000 vocab=512 hidden=64 layers=2
-    n=64 base_rows=16 base_steps=40
-    N=256 stride=48 rows=4 steps=6 lr=1e-3 rope=100000
-    eval_rows=16 eval_stride=32
+    n=64 base_rows=16 base_steps=30
+    N=256 stride=48 rows=4 steps=4 lr=1e-3 rope=100000
+    eval_rows=8 eval_stride=32
 fi
 
 source "$root/tools/setup_env.sh"

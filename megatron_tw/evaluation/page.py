@@ -18,7 +18,8 @@ table { border-collapse: collapse; width: 100%; margin: .4rem 0 1.4rem; font-var
 caption { text-align: left; font-weight: 600; padding: .3rem 0; }
 th, td { padding: .4rem .7rem; text-align: right; border-bottom: 1px solid #dde1e6; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #1c2430; }
-table.words th, table.words td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+table.words th, table.words td { text-align: left; }
+table.words td:nth-child(2) { white-space: normal; overflow-wrap: anywhere; }
 td.best { font-weight: 700; color: #005a8c; }
 .wide { overflow-x: auto; } img { max-width: 100%; height: auto; display: block; margin: 1rem auto; }
 pre { background: #f0f2f5; padding: .8rem 1rem; overflow-x: auto; font-size: .82rem; line-height: 1.45; }
