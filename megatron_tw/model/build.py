@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -51,8 +50,8 @@ def build_model(
             padded_vocab_size=megatron_vocab_size(architecture, parallel, model),
             layout=layout,
             max_sequence_length=architecture.max_position_embeddings,
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            pre_process=layout.pp_rank == 0 and vp_stage == 0,
+            post_process=layout.is_last_stage and vp_stage == (layout.vpp_size or 1) - 1,
             vp_stage=stage,
             loss_chunk_tokens=model.loss_chunk_tokens,
         )
