@@ -1,0 +1,147 @@
+"""Scores while they are being made: parts of some rows each, by any rank in any order, put together at the end.
+
+    OUTPUT.partial/plan.json        the header without the fingerprint: what every part is made with
+    OUTPUT.partial/FIRST-END.part   fp32 [END - FIRST, T]: these rows; there once it is complete
+    OUTPUT.partial/complete/        what becomes OUTPUT, while it is put together
+
+A part depends on the plan alone, not on who makes it or when: a run that was cut off goes on with the parts that are
+missing, and the result is the same byte for byte.
+"""
+
+import dataclasses
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from megatron_tw.data.rows import TokenRows
+from megatron_tw.data.scores import HEADER_FILE, KEYS_FILE, ScoreRows, ScoresHeader, partial_folder, row_keys
+
+MAX_PARTS = 4096
+
+
+def rows_per_part(num_rows: int, multiple: int) -> int:
+    """Rows of a part: few, so that little is lost in a stop and ranks share evenly; at most MAX_PARTS parts.
+
+    multiple: rows that are scored at once.
+
+    >>> rows_per_part(100, 8), rows_per_part(100_000, 8)
+    (8, 32)
+    """
+    return -(-num_rows // (MAX_PARTS * multiple)) * multiple
+
+
+class ScoreParts:
+    """The parts of one scoring run. Nothing is written before `begin`.
+
+    Args:
+        output: folder that the scores get in the end.
+        header: of this run, the fingerprint not yet filled in.
+        part_rows: rows of a part (the last may have fewer).
+    """
+
+    def __init__(self, output: str | Path, header: ScoresHeader, part_rows: int) -> None:
+        self.output = Path(output)
+        self.folder = partial_folder(self.output)
+        self.header = header
+        self.part_rows = part_rows
+
+    def __len__(self) -> int:
+        return -(-self.header.rows // self.part_rows)
+
+    def check(self) -> bool:
+        """Whether the scores are finished. Only reads.
+
+        Raises:
+            ValueError: the output, or what an earlier run left of it, was made otherwise; tells every difference.
+        """
+        if self.output.exists() and not (self.output.is_dir() and not any(self.output.iterdir())):
+            if not (self.output / HEADER_FILE).is_file():
+                raise ValueError(f"--output {self.output} already exists and is neither empty nor a folder of scores")
+            self._require_same(ScoreRows(self.output).header, f"--output {self.output} holds scores of another run")
+            return True
+        if (self.folder / "plan.json").is_file():
+            self._require_same(
+                ScoresHeader.from_file(self.folder / "plan.json"), f"{self.folder} holds the parts of another run"
+            )
+        return False
+
+    def _require_same(self, header: ScoresHeader, what: str) -> None:
+        if differences := header.differences(self.header):
+            raise ValueError(f"{what}: {'; '.join(differences)}. Choose another --output, or remove that one")
+
+    def begin(self) -> None:
+        """Make the folder of the parts, or go on in it. One process does this, after `check`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write_bytes(self.folder / "plan.json", self.header.to_json().encode())
+
+    def missing(self) -> list[int]:
+        """Parts that are still to be made."""
+        return [part for part in range(len(self)) if not self._is_there(part)]
+
+    def _is_there(self, part: int) -> bool:
+        file, row_bytes = self._file(part), (self.header.seq_length - 1) * 4
+        return file.is_file() and file.stat().st_size == len(self.rows_of(part)) * row_bytes
+
+    def rows_of(self, part: int) -> range:
+        """The dataset's rows that a part holds."""
+        return range(part * self.part_rows, min((part + 1) * self.part_rows, self.header.rows))
+
+    def write(self, part: int, nll_RT: npt.NDArray[np.float32]) -> None:
+        """Keep a part: all of it or nothing."""
+        assert nll_RT.shape == (len(self.rows_of(part)), self.header.seq_length - 1)
+        _write_bytes(self._file(part), nll_RT.astype("<f4").tobytes())
+
+    def complete(self, rows: TokenRows) -> None:
+        """Put the parts together and give the scores their place. One process does this, when no part is missing."""
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+        assert not self.missing()
+        folder = self.folder / "complete"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        keys_R3 = row_keys(rows)
+        digest = hashlib.sha256(keys_R3.tobytes())
+        builder = IndexedDatasetBuilder(str(folder / "scores.bin"), dtype=np.float32)
+        last_of_document_R = np.append(np.diff(keys_R3[:, 0]) != 0, True)
+        for part in range(len(self)):
+            nll_RT = np.fromfile(self._file(part), dtype="<f4").reshape(-1, self.header.seq_length - 1)
+            digest.update(nll_RT.tobytes())
+            for row, nll_T in zip(self.rows_of(part), torch.from_numpy(nll_RT), strict=True):
+                builder.add_item(nll_T)
+                if last_of_document_R[row]:
+                    builder.end_document()
+        builder.finalize(str(folder / "scores.idx"))
+        np.save(folder / KEYS_FILE, keys_R3)
+        header = dataclasses.replace(self.header, fingerprint=digest.hexdigest())
+        (folder / HEADER_FILE).write_text(header.to_json(), encoding="utf-8")
+        for file in folder.iterdir():
+            _sync(file)
+        folder.rename(self.output)  # replaces an empty folder, and nothing else
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the parts, if there are any. One process does this."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _file(self, part: int) -> Path:
+        rows = self.rows_of(part)
+        return self.folder / f"{rows.start:09d}-{rows.stop:09d}.part"
+
+
+def _write_bytes(file: Path, content: bytes) -> None:
+    """Write a file so that it is there complete or not at all, after a crash of the machine too."""
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    _sync(temporary)
+    temporary.replace(file)
+
+
+def _sync(file: Path) -> None:
+    """Wait until the file is on disk."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())

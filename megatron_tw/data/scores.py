@@ -1,0 +1,285 @@
+"""The folder of score rows: short NLLs of a frozen scorer, made once and read in every epoch.
+
+    DIR/scores.json               versioned header (ScoresHeader): what made the scores, of which rows
+    DIR/scores.bin, scores.idx    the scores in Megatron's IndexedDataset format, fp32: one sequence of N - 1 NLLs a row
+                                  in the order of the token rows, one document a document
+    DIR/scores_keys.npy           [R, 3] int64: the row's document and offset in it (as in rows_documents.npy), by which
+                                  its scores are found, and a digest of its ids
+
+Scores are found by document and offset, so a selection of the scored rows, in any order, finds its own; the digest
+tells rows of another dataset that happen to have the same places.
+
+Shapes: R scored rows, M rows asked for, N tokens of a row, T = N - 1 targets; column t is the target at position t + 1.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from megatron_tw.config.options import flag
+from megatron_tw.data.rows import INDEX_BOUNDARY_BYTES, INDEX_HEADER, INDEX_ROW_BYTES, TokenRows
+
+FORMAT = "megatron_tw score rows"
+FORMAT_VERSION = 1
+HEADER_FILE = "scores.json"
+KEYS_FILE = "scores_keys.npy"
+FLOAT32_CODE = 7
+"""Of Megatron's indexed datasets (indexed_dataset.DType)."""
+KEY = np.dtype([("document", "<i8"), ("offset", "<i8")])
+"""Compares as a pair: by document, then by offset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoresHeader:
+    """scores.json: the fingerprint of the scores."""
+
+    scorer: str
+    """For people: the scorer's folder, as it was named. Never compared."""
+    scorer_weights: str
+    """sha256 (hex) of the scorer's tensors, wherever and in however many files they lie."""
+    scorer_shape: dict[str, int | float | bool | None]
+    """Numbers of the scorer's config.json."""
+    scorer_rope: dict[str, object]
+    """transformers' rope_parameters."""
+    short_window: int
+    short_stride: int
+    bos_id: int | None
+    """Id of BOS, with which the windows of a row begin that begins with it."""
+    seq_length: int
+    """N, tokens of a row."""
+    rows: int
+    data_fingerprint: str
+    """RowsHeader.fingerprint of the rows."""
+    tokenizer_fingerprint: str | None
+    """None: the rows were made from ready ids."""
+    computation: dict[str, int | str | bool | None]
+    """Options that move the scores within rounding: they must stay the same when scoring goes on after a stop."""
+    fingerprint: str = ""
+    """sha256 (hex) of the scores and their keys; empty while they are being made."""
+
+    def to_json(self) -> str:
+        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        return json.dumps(content, indent=2) + "\n"
+
+    @staticmethod
+    def from_file(file: Path) -> "ScoresHeader":
+        """Raises ValueError for a file of another kind or version, or one with fields missing."""
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is truncated or no JSON: {error}") from error
+        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+            raise ValueError(f'{file}: not a header of "{FORMAT}"')
+        version = content.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"{file}: format version {version}, but this program reads version {FORMAT_VERSION}; "
+                "score the rows again with tools/score_tokens.py"
+            )
+        try:
+            return ScoresHeader(**content)
+        except TypeError as error:
+            raise ValueError(f"{file}: missing or unknown fields: {error}") from error
+
+    def differences(self, now: "ScoresHeader") -> list[str]:
+        """Everything in which the run that made these scores differs from one that would be run now."""
+        return _differences(_flat(dataclasses.asdict(self)), _flat(dataclasses.asdict(now)))
+
+
+class ScoreRows:
+    """Finished scores, memory-mapped.
+
+    Args:
+        path: folder that tools/score_tokens.py wrote.
+
+    Raises:
+        ValueError: another kind of folder, unfinished scores, missing or truncated files, another format version.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not (self.path / HEADER_FILE).is_file():
+            begun = partial_folder(self.path).is_dir()
+            what = "scoring was not finished; run the same command again" if begun else f"no {HEADER_FILE}"
+            raise ValueError(f"{path}: not a folder of scores ({what}); make one with tools/score_tokens.py")
+        self.header = ScoresHeader.from_file(self.path / HEADER_FILE)
+        keys_R3 = self._load_keys()
+        self.documents_R2 = np.ascontiguousarray(keys_R3[:, :2])
+        self.digests_R = keys_R3[:, 2]
+        self._check_files()
+        self._order_R = np.lexsort((self.documents_R2[:, 1], self.documents_R2[:, 0]))
+        self._sorted_keys_R = _as_keys(self.documents_R2[self._order_R])
+        shape = self.header.rows, self.header.seq_length - 1
+        self._nll_RT = np.memmap(self.path / "scores.bin", dtype="<f4", mode="r", shape=shape)
+
+    def __len__(self) -> int:
+        return self.header.rows
+
+    def nll(self, documents_M2: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Short NLL [M, T] fp32, on the CPU, of rows given by document and offset (TokenRows.documents_R2).
+
+        Raises:
+            ValueError: a row that was not scored, named by its document and offset.
+        """
+        index_M = self.find(documents_M2)
+        if (index_M < 0).any():
+            document, offset = documents_M2[index_M < 0][0].tolist()
+            raise ValueError(f"--scores {self.path}: no scores of the row at document {document}, offset {offset}")
+        return torch.from_numpy(self._nll_RT[index_M])  # fancy indexing copies
+
+    def find(self, documents_M2: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Which score row [M] belongs to each document and offset; -1 where there is none."""
+        keys_M = _as_keys(documents_M2)
+        place_M = np.searchsorted(self._sorted_keys_R, keys_M).clip(max=len(self) - 1)
+        index_M: npt.NDArray[np.int64] = np.where(self._sorted_keys_R[place_M] == keys_M, self._order_R[place_M], -1)
+        return index_M
+
+    def _load_keys(self) -> npt.NDArray[np.int64]:
+        file = self.path / KEYS_FILE
+        if not file.is_file():
+            raise ValueError(f"{file} is missing: the scores are incomplete")
+        try:
+            keys_R3: npt.NDArray[np.int64] = np.load(file, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{file} is truncated or no numpy file: {error}") from error
+        if keys_R3.shape != (self.header.rows, 3) or keys_R3.dtype != np.int64:
+            raise ValueError(
+                f"{file}: expected int64 [{self.header.rows}, 3], got {keys_R3.dtype} {list(keys_R3.shape)}"
+            )
+        return keys_R3
+
+    def _check_files(self) -> None:
+        rows, targets = self.header.rows, self.header.seq_length - 1
+        boundaries = int((np.diff(self.documents_R2[:, 0]) != 0).sum()) + 2
+        expected = {
+            "scores.bin": rows * targets * 4,
+            "scores.idx": INDEX_HEADER.size + INDEX_ROW_BYTES * rows + INDEX_BOUNDARY_BYTES * boundaries,
+        }
+        for name, size in expected.items():
+            file = self.path / name
+            if not file.is_file():
+                raise ValueError(f"{file} is missing: the scores are incomplete")
+            if file.stat().st_size != size:
+                raise ValueError(
+                    f"{file} is truncated or of other scores: {size} bytes expected, {file.stat().st_size} there"
+                )
+        index_header = INDEX_HEADER.pack(b"MMIDIDX\0\0", 1, FLOAT32_CODE, rows, boundaries)
+        with (self.path / "scores.idx").open("rb") as stream:
+            same = stream.read(INDEX_HEADER.size) == index_header
+            same = same and bool((np.fromfile(stream, dtype="<i4", count=rows) == targets).all())
+        if not same:
+            raise ValueError(f"{self.path}/scores.idx does not fit {HEADER_FILE}: it is of other scores")
+
+
+def check_scores(
+    scores: ScoreRows, rows: TokenRows, *, short_window: int, short_stride: int, bos_id: int | None
+) -> None:
+    """Check that scores are of these rows, in these windows.
+
+    Rows of another dataset fit if each of them was scored: a selection or another order of the scored ones. Their ids
+    are then read once, to be compared with the digests.
+
+    Raises:
+        ValueError: tells everything that differs.
+    """
+    header, tokenizer = scores.header, rows.header.tokenizer
+    now: dict[str, object] = {
+        "seq_length": rows.header.seq_length,
+        "short_window": short_window,
+        "short_stride": short_stride,
+        "bos_id": bos_id,
+        "tokenizer_fingerprint": tokenizer.fingerprint if tokenizer is not None else None,
+    }
+    problems = _differences({name: getattr(header, name) for name in now}, now)
+    if header.data_fingerprint != rows.header.fingerprint:
+        problem = _unscored_row(scores, rows)
+        if problem is not None:
+            problems.append(f"made from another dataset than {rows.path} (--data-path): {problem}")
+    if problems:
+        raise ValueError(f"--scores {scores.path} does not fit this run: " + "; ".join(problems))
+
+
+def row_keys(rows: TokenRows) -> npt.NDArray[np.int64]:
+    """Document, offset and digest of the ids of every row: [R, 3] int64. Reads all rows."""
+    digests_R = np.fromiter((row_digest(rows[row]) for row in range(len(rows))), np.int64, len(rows))
+    return np.concatenate([rows.documents_R2, digests_R[:, None]], axis=1)
+
+
+def row_digest(row_N: npt.NDArray[np.int64]) -> int:
+    """The first 8 bytes of a hash of a row's ids, as a signed integer."""
+    digest = hashlib.blake2b(row_N.astype("<i4").tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def partial_folder(output: Path) -> Path:
+    """Where scores lie while they are being made."""
+    return output.absolute().with_name(output.absolute().name + ".partial")
+
+
+def _unscored_row(scores: ScoreRows, rows: TokenRows) -> str | None:
+    """The first row that has no scores, or those of other ids."""
+    index_R = scores.find(rows.documents_R2)
+    for row, index in enumerate(index_R.tolist()):
+        if index < 0 or scores.digests_R[index] != row_digest(rows[row]):
+            document, offset = rows.documents_R2[row].tolist()
+            what = "was not scored" if index < 0 else "had other ids when it was scored"
+            return f"row {row} (document {document}, offset {offset}) {what}"
+    return None
+
+
+def _as_keys(documents_M2: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
+    return np.ascontiguousarray(documents_M2, dtype="<i8").view(KEY)[:, 0]
+
+
+_LABELS = {
+    "seq_length": "tokens of a row (--data-path)",
+    "rows": "rows (--data-path)",
+    "data_fingerprint": "dataset (--data-path)",
+    "tokenizer_fingerprint": "tokenizer of the rows (--data-path)",
+    "scorer_weights": "weights of the scorer (--load-hf)",
+    "device": "device",
+}
+_NOT_COMPARED = ("scorer", "fingerprint")
+
+
+def _flat(header: Mapping[str, object]) -> dict[str, object]:
+    """The fields of a header, with those of its dictionaries under names of their own.
+
+    >>> _flat({"bos_id": 1, "scorer_rope": {"rope_theta": 1e4}})
+    {'bos_id': 1, "scorer's rope_theta": 10000.0}
+    """
+    flat: dict[str, object] = {}
+    for name, value in header.items():
+        if isinstance(value, dict):
+            prefix = "" if name == "computation" else "scorer's "
+            flat |= {prefix + key: item for key, item in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _differences(then: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    """`label: value then, value now` for everything that differs.
+
+    >>> _differences({"short_window": 64, "bos_id": 1}, {"short_window": 32, "bos_id": 1})
+    ['--short-window: scored with 64, now 32']
+    """
+    names = [name for name in {**then, **now} if name not in _NOT_COMPARED and then.get(name) != now.get(name)]
+    return [
+        f"{_LABELS.get(name) or (name if name.startswith('scorer') else flag(name))}: "
+        f"scored with {_short(then.get(name))}, now {_short(now.get(name))}"
+        for name in names
+    ]
+
+
+def _short(value: object) -> str:
+    """A value for a message: of a long hash, its beginning."""
+    text = str(value)
+    return text if len(text) <= 32 else text[:12] + "..."

@@ -1,0 +1,213 @@
+"""Scoring rows with a frozen model under any layout: short NLLs of a whole dataset, once, onto disk.
+
+    plan -> parts that are missing, dealt to the data-parallel replicas -> short-window forward -> part files -> scores
+
+Rows go through the same short-window forward as in training, window 0 included. What a part holds depends on the plan
+and on the model-parallel layout, not on the number of replicas.
+"""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_tw.config import check_parallel, check_windows, virtual_pipeline_size
+from megatron_tw.config.scoring import ScoringConfig
+from megatron_tw.data.rows import TokenRows
+from megatron_tw.data.score_parts import ScoreParts, rows_per_part
+from megatron_tw.data.scores import ScoresHeader
+from megatron_tw.data.vocabulary import check_scorer_vocabulary
+from megatron_tw.model.architecture import Architecture
+from megatron_tw.model.build import build_model
+from megatron_tw.model.forward import ShortWindowScorer
+from megatron_tw.model.gpt import TokenWeightedGPT
+from megatron_tw.model.huggingface import SafetensorsFolder, expected_tensors
+from megatron_tw.parallel.devices import prepare_device
+from megatron_tw.parallel.layout import Layout, make_layout, start_process_group
+from megatron_tw.runtime.source import open_source, row_bos_id
+
+HASHED_AT_ONCE = 1 << 26
+"""Elements of a tensor that are read for its hash at a time."""
+
+
+def score_tokens(config: ScoringConfig) -> Path:
+    """Score all rows of --data-path with the model of --load-hf, going on where an earlier run stopped, and return the
+    folder of the scores. Does nothing if they are finished.
+
+    Called on every rank of the launcher's world; the output is on storage that all ranks share.
+
+    Raises:
+        ValueError: an option or file that does not fit, before anything is allocated; or an NLL that is NaN or
+            infinite, named.
+    """
+    device = prepare_device()
+    start_process_group(device, config.parallel.distributed_timeout_minutes)
+    options, windows = config.scoring, config.scoring.windows
+    check_parallel(config.parallel, dist.get_world_size())
+    rows = TokenRows(options.data_path)
+    seq_length = rows.header.seq_length
+    check_windows(windows, seq_length)
+    source = open_source(load=None, load_hf=config.model.load_hf, rotary_base=config.model.rotary_base)
+    assert source.load_hf is not None
+    architecture = source.architecture
+    check_scorer_vocabulary(rows, source.load_hf, architecture.vocab_size)
+    bos_id = row_bos_id(options.bos_id, rows, architecture)
+    header = ScoresHeader(
+        scorer=source.name,
+        scorer_weights=weights_fingerprint(source.load_hf, architecture),
+        scorer_shape=_shape(architecture),
+        scorer_rope=architecture.rope,
+        short_window=options.short_window,
+        short_stride=windows.stride(seq_length),
+        bos_id=bos_id,
+        seq_length=seq_length,
+        rows=len(rows),
+        data_fingerprint=rows.header.fingerprint,
+        tokenizer_fingerprint=rows.header.tokenizer.fingerprint if rows.header.tokenizer is not None else None,
+        computation=_computation(config, device.type),
+    )
+    stages = config.parallel.pipeline_model_parallel_size
+    rows_at_once = 4 * stages if stages > 1 else 1  # enough of them to keep a pipeline's stages busy
+    parts = ScoreParts(options.output, header, rows_per_part(len(rows), rows_at_once))
+    finished = parts.check()
+    dist.barrier()  # every rank has looked at what is there, before rank 0 changes it
+    if finished:
+        if dist.get_rank() == 0:
+            parts.discard()
+        return parts.output
+
+    layout = make_layout(
+        config.parallel, num_model_chunks=virtual_pipeline_size(config.parallel, architecture.num_layers)
+    )
+    chunks = build_model(architecture, config.parallel, config.model, layout, device)
+    source.fill(chunks, layout)
+    scorer = ShortWindowScorer.create(
+        seq_length,
+        options.short_window,
+        header.short_stride,
+        include_first=True,
+        bos_id=bos_id,
+        layout=layout,
+        sequence_parallel=config.parallel.uses_sequence_parallel,
+        scoring_micro_batch=options.scoring_micro_batch,
+    )
+    _score_parts(parts, rows, chunks, scorer, layout, rows_at_once, device.device)
+    dist.barrier()  # all parts are there
+    if layout.rank == 0:
+        parts.complete(rows)
+    dist.barrier()  # the scores are where every rank may say they are
+    return parts.output
+
+
+def _score_parts(
+    parts: ScoreParts,
+    rows: TokenRows,
+    chunks: list[TokenWeightedGPT],
+    scorer: ShortWindowScorer,
+    layout: Layout,
+    rows_at_once: int,
+    device: torch.device,
+) -> None:
+    """Make this replica's share of the missing parts; the first rank of its last pipeline stage writes them."""
+    missing = _missing_parts(parts, layout)
+    mine = missing[layout.dp_rank :: layout.dp_size]
+    if layout.reports and len(missing) < len(parts):
+        tqdm.write(f"going on: {len(parts) - len(missing)} of {len(parts)} parts are there")
+    replica = f" (1 of {layout.dp_size} replicas)" if layout.dp_size > 1 else ""
+    total = sum(len(parts.rows_of(part)) for part in mine)
+    with tqdm(total=total, desc=f"scoring{replica}", unit="row", disable=not layout.reports) as bar:
+        for part in mine:
+            nlls, first, last = [], parts.rows_of(part).start, parts.rows_of(part).stop
+            for start in range(first, last, rows_at_once):
+                index = range(start, min(start + rows_at_once, last))
+                tokens_RN = torch.from_numpy(np.stack([rows[row] for row in index])).to(device)
+                short_RT = scorer.nll(chunks, tokens_RN)
+                if short_RT is not None:
+                    _check_finite(short_RT, index)
+                    nlls.append(short_RT.cpu())
+                bar.update(len(index))
+            if layout.is_last_stage and layout.tp_rank == 0 and layout.cp_rank == 0:
+                parts.write(part, torch.cat(nlls).numpy())
+
+
+def _missing_parts(parts: ScoreParts, layout: Layout) -> list[int]:
+    """What is left to do, as rank 0 sees it: on network storage others might see less, and all must agree."""
+    answer: list[list[int] | None] = [None]
+    if layout.rank == 0:
+        parts.begin()
+        answer = [parts.missing()]
+    dist.broadcast_object_list(answer, src=0)  # over the world
+    assert answer[0] is not None
+    return answer[0]
+
+
+def _check_finite(nll_RT: Tensor, rows: range) -> None:
+    """Refuse NaN and infinity, on every rank that holds the NLLs.
+
+    Raises:
+        ValueError: names the first such row and position.
+    """
+    bad_RT = ~nll_RT.isfinite()
+    if bool(bad_RT.any()):
+        row, column = bad_RT.nonzero()[0].tolist()
+        raise ValueError(
+            f"--load-hf: the scorer's NLL of row {rows[row]}, position {column + 1} is {nll_RT[row, column].item()}; "
+            "the parts made so far are kept"
+        )
+
+
+def weights_fingerprint(folder: str | Path, architecture: Architecture) -> str:
+    """sha256 (hex) over name, dtype, shape and content of the model's tensors in the order of their names: the same
+    however they are spread over files. The ranks share the reading. Collective over the world.
+
+    Raises:
+        ValueError: files or tensors missing, truncated or of other shapes (see SafetensorsFolder).
+    """
+    tensors = SafetensorsFolder(folder, architecture)
+    shapes = sorted(expected_tensors(architecture).items())
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    mine = {name: _tensor_digest(tensors, name, shape) for name, shape in shapes[rank::world_size]}
+    everywhere: list[dict[str, str] | None] = [None] * world_size
+    dist.all_gather_object(everywhere, mine)
+    digests = {name: digest for part in everywhere if part for name, digest in part.items()}
+    return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
+
+
+def _tensor_digest(tensors: SafetensorsFolder, name: str, shape: tuple[int, ...]) -> str:
+    digest = hashlib.sha256()
+    rows_at_once = max(1, HASHED_AT_ONCE * shape[0] // int(np.prod(shape)))
+    for start in range(0, shape[0], rows_at_once):
+        part = tensors.read(name, 0, start, min(start + rows_at_once, shape[0]))
+        if start == 0:
+            digest.update(f"{part.dtype} {shape} ".encode())
+        digest.update(part.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _shape(architecture: Architecture) -> dict[str, int | float | bool | None]:
+    """The plain numbers of an architecture."""
+    values = {field.name: getattr(architecture, field.name) for field in dataclasses.fields(architecture)}
+    return {name: value for name, value in values.items() if value is None or isinstance(value, int | float)}
+
+
+def _computation(config: ScoringConfig, device: str) -> dict[str, int | str | bool | None]:
+    """What decides the order in which floats are added up."""
+    parallel, model = config.parallel, config.model
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "num_layers_per_virtual_pipeline_stage": parallel.num_layers_per_virtual_pipeline_stage,
+        "context_parallel_size": parallel.context_parallel_size,
+        "sequence_parallel": parallel.uses_sequence_parallel,
+        "cp_comm_type": parallel.cp_comm_type,
+        "bf16": model.bf16,
+        "transformer_impl": model.transformer_impl,
+        "loss_chunk_tokens": model.loss_chunk_tokens,
+        "scoring_micro_batch": config.scoring.scoring_micro_batch,
+        "device": device,
+    }
