@@ -20,6 +20,7 @@ from tiny import (
     load_tiny,
     prepare_ready_rows,
     reference_rows,
+    release,
 )
 
 from megatron_tw.config import (
@@ -110,7 +111,7 @@ def run_all(configs: list[RunConfig]) -> None:
     """On a rank: these runs one after the other."""
     for config in configs:
         try:
-            train(config)
+            release(train(config).step.model)
         finally:
             destroy_layout()
             gc.collect()
@@ -123,7 +124,11 @@ def run_steps(axes: Axes, configs: list[RunConfig]) -> list[dict[str, list[float
         inputs = open_inputs(config)
         with layout_of(axes) as layout:
             run = Run.start(config, inputs, layout, prepare_device())
-            steps = [run.step(next(run.loader), iteration) for iteration in range(config.train.train_iters)]
+            try:
+                steps = [run.step(next(run.loader), iteration) for iteration in range(config.train.train_iters)]
+            finally:
+                release(run.step.model)
+                del run
         all_metrics.append({key: [step[key] for step in steps] for key in METRICS})
     return all_metrics
 

@@ -72,6 +72,14 @@ def load_tiny(axes: Axes, layout: Layout, folder: Path = TINY_LLAMA) -> tuple[Ar
     return architecture, chunks
 
 
+def release(model: list) -> None:
+    """Let go of a model wrapped for training. Megatron's gradient hooks hold the wrapper in a cycle through
+    autograd's nodes that
+    Python's garbage collector does not see, and with it all process groups of its layout and their threads."""
+    for chunk in model:
+        vars(chunk).clear()
+
+
 def reference_rows() -> np.ndarray:
     """The four rows [4, 256] of the reference measurements."""
     return np.load(REFERENCE / "windows.npz")["input_ids"]

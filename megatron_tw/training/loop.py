@@ -30,8 +30,9 @@ class Inputs:
     tokenizer_dir: Path | None
 
 
-def train(config: RunConfig) -> None:
-    """Run `config` to --train-iters (or --exit-interval), resuming from --load. Called on every rank of the
+def train(config: RunConfig) -> "Run":
+    """Run `config` to --train-iters (or --exit-interval), resuming from --load, and return the run. Called on every
+    rank of the
     launcher's world.
 
     Raises:
@@ -45,6 +46,7 @@ def train(config: RunConfig) -> None:
     )
     run = Run.start(config, inputs, layout, device)
     run.train()
+    return run
 
 
 def open_inputs(config: RunConfig) -> Inputs:
