@@ -26,8 +26,8 @@ done
 
 if [ "$size" = full ]; then
     corpus_bytes=12000000 vocab=1024 hidden=128 layers=2       # the model
-    n=128 base_rows=16 base_steps=1500                         # base training: rows of n tokens, rows a step, steps
-    N=512 stride=96 rows=8 steps=150 lr=1e-3 rope=100000       # extension; stride of the short windows
+    n=128 base_rows=16 base_steps=1400                         # base training: rows of n tokens, rows a step, steps
+    N=512 stride=96 rows=8 steps=120 lr=2e-3 rope=100000       # extension; stride of the short windows
     eval_rows=160 eval_stride=32                               # evaluation
 else
     corpus_bytes=1000000 vocab=512 hidden=64 layers=2
@@ -87,7 +87,8 @@ extend() { # extend NAME OPTION...
     stage "train/$name" "Extension to $N tokens, $name weights, 4 ranks, TP 2 x CP 2" \
         "${launch[@]}" 4 tools/train.py --load-hf "$output/train/base/hf" --data-path "$output/rows/long" --seq-length $N \
         --tensor-model-parallel-size 2 --context-parallel-size 2 --rotary-base $rope \
-        --micro-batch-size $rows --global-batch-size $rows --train-iters $steps --lr $lr --lr-warmup-iters $((steps / 10)) \
+        --micro-batch-size $rows --global-batch-size $rows --train-iters $steps --lr $lr --lr-decay-style cosine \
+        --lr-warmup-iters $((steps / 10)) \
         --save "$output/train/$name/run" --save-hf "$output/train/$name/hf" "$@"
 }
 scorer=(--scorer unfrozen --short-window $n --short-stride $stride)

@@ -7,7 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_training import DENSE, LONGCE, METRICS, SPARSE_UNFROZEN, WINDOWS, options, run_steps
+from test_training import (
+    DENSE,
+    LONGCE,
+    METRICS,
+    SPARSE_UNFROZEN,
+    WINDOWS,
+    make_scores,
+    options,
+    run_steps,
+    scoring_options,
+)
 from tiny import (
     BOS,
     SEQ_LENGTH,
@@ -119,6 +129,7 @@ def what_scoring_changes(axes: Axes, config) -> list[str]:
 
         before = snapshot()
         rows_RN = torch.cat([batch.tokens for batch in batches])
+        assert run.step.scorer is not None
         run.step.scorer.score(rows_RN, torch.cat([batch.row_index for batch in batches]))
         after = snapshot()
         release(run.step.model)
@@ -209,6 +220,39 @@ def test_nan_is_named_on_every_rank_before_the_update(axes, ranks, rows):
     assert any("row " in message and "position " in message and "rank " in message for message in messages), messages
     # The embedding that was broken on purpose, and nothing else.
     assert all(int(message.rsplit("[")[1].split()[0]) <= 1 for message in messages), messages
+
+
+def scores_of_two(axes: Axes, configs) -> list[torch.Tensor | None]:
+    """On a rank: what the scorers of these runs say of the first step's rows."""
+    results = []
+    for config in configs:
+        inputs = open_inputs(config)
+        with layout_of(axes) as layout:
+            run = Run.start(config, inputs, layout, prepare_device())
+            batches = next(run.loader)
+            rows_RN = torch.cat([batch.tokens for batch in batches])
+            assert run.step.scorer is not None
+            results.append(run.step.scorer.score(rows_RN, torch.cat([batch.row_index for batch in batches])))
+            release(run.step.model)
+    return results
+
+
+@pytest.mark.parametrize(
+    "axes", [Axes(), Axes(tp=2), Axes(pp=2), Axes(cp=2), Axes(dp=2), Axes(tp=2, cp=2), Axes(pp=2, vpp_layers=1)],
+    ids=lambda axes: axes.name,
+)  # fmt: skip
+def test_live_scores_equal_cached_scores(axes, ranks, rows, tmp_path):
+    ranks(1).run(make_scores, scoring_options(rows, tmp_path / "scores"))
+    live = replace(WINDOWS, scorer="frozen", scorer_hf=str(TINY_LLAMA))
+    cached = replace(WINDOWS, scorer="frozen", scores=str(tmp_path / "scores"))
+    configs = [options(axes, rows, weighting=DENSE, scorer=scorer) for scorer in (live, cached)]
+    answered = 0
+    for live_RT, cached_RT in ranks(axes.world_size).run(scores_of_two, axes, configs):
+        assert (live_RT is None) == (cached_RT is None)
+        if live_RT is not None:
+            answered += 1
+            np.testing.assert_allclose(live_RT, cached_RT, atol=1e-5, rtol=0)
+    assert answered == axes.world_size // axes.pp
 
 
 def test_vocabulary_of_the_live_scorer(ranks, rows, tmp_path):

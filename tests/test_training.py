@@ -33,9 +33,11 @@ from megatron_tw.config import (
     TrainConfig,
     WeightingOptions,
 )
+from megatron_tw.config.scoring import ScoringConfig, ScoringOptions
 from megatron_tw.model.forward import ShortWindowScorer
 from megatron_tw.parallel.devices import prepare_device
 from megatron_tw.parallel.layout import destroy_layout
+from megatron_tw.runtime.scoring import score_tokens
 from megatron_tw.training.loop import Run, open_inputs, train
 
 DENSE = WeightingOptions(weighting="dense", interpolation=0.75)
@@ -46,12 +48,13 @@ WINDOWS = ScorerConfig(short_window=WINDOW, short_stride=STRIDE)
 LIVE = replace(WINDOWS, scorer="frozen", scorer_hf=str(TINY_LLAMA))
 # A moving average that keeps everything of itself stays the initial model, which is the frozen scorer of the reference.
 EMA = replace(WINDOWS, scorer="ema", scorer_ema_decay=1.0)
+CACHED = replace(WINDOWS, scorer="frozen", scores="scores")
 TRAJECTORIES = [
     ("trajectory_uniform", WeightingOptions(), WINDOWS),
     ("trajectory_dense_unfrozen", DENSE, WINDOWS),
     ("trajectory_sparse_unfrozen", SPARSE_UNFROZEN, WINDOWS),
     ("trajectory_longce_unfrozen", LONGCE, WINDOWS),
-    ("trajectory_dense_frozen", DENSE, LIVE),
+    ("trajectory_dense_frozen", DENSE, CACHED),
     ("trajectory_sparse_frozen", SPARSE_FROZEN, LIVE),
     ("trajectory_sparse_frozen", SPARSE_FROZEN, EMA),
 ]
@@ -147,10 +150,37 @@ def reference_data(tmp_path_factory, reference) -> Path:
     return prepare_ready_rows(reference_rows()[order.flatten()], tmp_path_factory.mktemp("data") / "rows")
 
 
+def make_scores(config: ScoringConfig) -> None:
+    """On a rank: the scores of a dataset, by the initial model."""
+    try:
+        score_tokens(config)
+    finally:
+        destroy_layout()
+        gc.collect()
+
+
+def scoring_options(data: Path, output: Path) -> ScoringConfig:
+    """Frozen scores of `data` by the tiny Llama."""
+    scoring = ScoringOptions(
+        data_path=str(data), output=str(output), short_window=WINDOW, short_stride=STRIDE, bos_id=BOS
+    )
+    return ScoringConfig(scoring=scoring, model=ModelConfig(load_hf=str(TINY_LLAMA)))
+
+
+@pytest.fixture(scope="module")
+def reference_scores(reference_data, ranks) -> Path:
+    """Frozen scores of the rows of the reference runs."""
+    output = reference_data.parent / "scores"
+    ranks(1).run(make_scores, scoring_options(reference_data, output))
+    return output
+
+
 @pytest.mark.parametrize("axes", EVERY_LAYOUT, ids=lambda axes: axes.name)
-def test_trajectories(axes, ranks, reference, reference_data):
+def test_trajectories(axes, ranks, reference, reference_data, reference_scores):
+    cached = replace(CACHED, scores=str(reference_scores))
     configs = [
-        options(axes, reference_data, weighting=weighting, scorer=scorer) for _, weighting, scorer in TRAJECTORIES
+        options(axes, reference_data, weighting=weighting, scorer=cached if scorer is CACHED else scorer)
+        for _, weighting, scorer in TRAJECTORIES
     ]
     by_rank = ranks(axes.world_size).run(run_steps, axes, configs)
     for index, (name, _, scorer) in enumerate(TRAJECTORIES):

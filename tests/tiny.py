@@ -2,10 +2,11 @@
 
 import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -72,7 +73,7 @@ def load_tiny(axes: Axes, layout: Layout, folder: Path = TINY_LLAMA) -> tuple[Ar
     return architecture, chunks
 
 
-def release(model: list) -> None:
+def release(model: Sequence[Any]) -> None:
     """Let go of a model wrapped for training. Megatron's gradient hooks hold the wrapper in a cycle through
     autograd's nodes that
     Python's garbage collector does not see, and with it all process groups of its layout and their threads."""

@@ -1,10 +1,11 @@
 """Who says what a target's NLL is with a short context only: the model in training, a fixed model, or a moving average.
 
     unfrozen       the model in training itself; targets 1..n take the long NLL instead (arXiv 2503.09202)
+    frozen, cached scores that tools/score_tokens.py wrote once
     frozen, live   a second model from a Hugging Face folder, on the last pipeline stage
     ema            a moving average of the model in training, kept in fp32 beside it
 
-All of them go through the same short-window forward. R = rows, N = tokens of a row, T = N - 1 targets.
+All of them come from the same short-window forward. R = rows, N = tokens of a row, T = N - 1 targets.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from megatron_tw.config import ModelConfig, ParallelConfig, RunConfig
 from megatron_tw.data.rows import TokenRows
+from megatron_tw.data.scores import ScoreRows, check_scores
 from megatron_tw.model.architecture import Architecture, read_architecture
 from megatron_tw.model.build import build_model, load_hf
 from megatron_tw.model.forward import ShortWindowScorer
@@ -77,6 +79,20 @@ class UnfrozenScorer(_Stateless):
 
     def complete(self, short_RT: Tensor, long_RT: Tensor) -> Tensor:
         return unfrozen_short_nll(long_RT, short_RT, self.window)
+
+
+@dataclass
+class CachedFrozenScorer(_Stateless):
+    """Scores on disk, read by the ranks of the last pipeline stage."""
+
+    scores: ScoreRows
+    rows: TokenRows
+    layout: Layout
+
+    def score(self, rows_RN: Tensor, row_index_R: Tensor) -> Tensor | None:
+        if not self.layout.is_last_stage:
+            return None
+        return self.scores.nll(self.rows.documents_R2[row_index_R.numpy()]).to(rows_RN.device)
 
 
 @dataclass
@@ -205,13 +221,18 @@ def make_scorer(
     window = options.short_window
     assert window is not None  # checked with the options
     stride = options.stride(seq_length)
+    bos_id = row_bos_id(config.data.bos_id, rows, architecture)
+    if options.scores is not None:
+        scores = ScoreRows(options.scores)
+        check_scores(scores, rows, short_window=window, short_stride=stride, bos_id=bos_id)
+        return CachedFrozenScorer(scores, rows, layout)
     live = options.scorer == "frozen"
     windows = ShortWindowScorer.create(
         seq_length,
         window,
         stride,
         include_first=options.scorer != "unfrozen",
-        bos_id=row_bos_id(config.data.bos_id, rows, architecture),
+        bos_id=bos_id,
         layout=layout,
         sequence_parallel=config.parallel.uses_sequence_parallel,
         scoring_micro_batch=options.scoring_micro_batch,
