@@ -65,19 +65,19 @@ class Settings:
     """n: tokens of a row of the base training, and of the scorer's windows."""
     seq_length: int = 256
     """N: tokens of a row of the extension."""
-    facts: int = 5
+    facts: int = 4
     """Far facts of a long row, each asked for once. A row of n tokens has as many near ones."""
     hidden_size: int = 64
     layers: int = 2
     rotary_base: float = 10000.0
     """Of the base training."""
     extended_rotary_base: float = 80000.0
-    base_iters: int = 250
+    base_iters: int = 350
     base_rows: int = 64
     """Rows of a step of the base training."""
     base_lr: float = 3e-3
-    train_iters: int = 240
-    rows: int = 8
+    train_iters: int = 160
+    rows: int = 4
     """Rows of a step of the extension."""
     lr: float = 1e-3
     warmup: int = 20
@@ -89,7 +89,7 @@ class Settings:
     """Gamma of longce."""
     alpha: float = 0.15
     """Of exact; its tau is n."""
-    points: int = 12
+    points: int = 8
     """Measurements along the extension."""
     held_out_rows: int = 64
 
@@ -264,7 +264,7 @@ class Meter:
     def __init__(self, task: Task, run: Any) -> None:
         self.run, self.settings, self.is_base = run, task.settings, task.scheme is None
         s = self.settings
-        self.short = make_rows(s, seq_length=s.context, num_rows=8 * s.held_out_rows, seed=task.seed, part=2)
+        self.short = make_rows(s, seq_length=s.context, num_rows=4 * s.held_out_rows, seed=task.seed, part=2)
         self.long = make_rows(s, seq_length=s.seq_length, num_rows=s.held_out_rows, seed=task.seed, part=3)
 
     def measure(self, iteration: int) -> dict[str, Any]:
@@ -286,8 +286,8 @@ class Meter:
             "near_recall": float(right[~far].mean()) if not far.all() else float("nan"),
         }
         if not self.is_base:
-            weights_RT = self._weights(nll_RT)
-            measured["weight"] = float(weights_RT[row, column - 1].mean())
+            if iteration == self.settings.train_iters:
+                measured["weight"] = float(self._weights(nll_RT)[row, column - 1].mean())
             octaves = np.floor(np.log2(rows.distance / self.settings.context)).astype(int)
             measured["recall_by_octave"] = {
                 int(octave): float(right[far & (octaves == octave)].mean()) for octave in np.unique(octaves[far])
@@ -419,13 +419,15 @@ def format_table(settings: Settings, measured: Measured) -> str:
         "| --- " * (1 + len(COLUMNS) + len(octaves)) + "|",
     ]  # fmt: skip
     for name, end in ends.items():
-        cells = [_spread([one[key] for one in end]) for key in COLUMNS]
+        cells = [_spread([one[key] for one in end if key in one]) for key in COLUMNS]
         cells += [_spread([one["recall_by_octave"][octave] for one in end]) for octave in octaves]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
@@ -479,14 +481,10 @@ def main(arguments: Sequence[str]) -> None:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         measured = run_experiment(settings, seeds, schemes, Path(folder), processes)
+    seconds = time.monotonic() - started
     table = format_table(settings, measured)
     print(table)
-    content = {
-        "settings": asdict(settings),
-        "seeds": seeds,
-        "seconds": time.monotonic() - started,
-        "measured": measured,
-    }
+    content = {"settings": asdict(settings), "seeds": seeds, "seconds": seconds, "measured": measured}
     (output / "recall.json").write_text(json.dumps(content, indent=1) + "\n")
     (output / "recall.md").write_text(table + "\n")
     plot(settings, measured, output / "recall.png")
