@@ -229,6 +229,14 @@ def test_scores_are_found_by_document_and_offset(scored, data, tmp_path):
         scores.nll(np.array([[0, 0], [1, 7]]))
 
 
+def test_scores_of_rows_in_any_order_are_found(scored, tmp_path):
+    folder = tmp_path / "scores"
+    shutil.copytree(scored, folder)
+    keys = np.load(folder / "scores_keys.npy")
+    np.save(folder / "scores_keys.npy", keys[[2, 0, 3, 1]])
+    assert ScoreRows(folder).find(keys[:, :2]).tolist() == [1, 3, 0, 2]
+
+
 def dataset_of(rows: np.ndarray, documents: list[list[int]], folder: Path) -> TokenRows:
     """A dataset of ready rows whose places in the documents are said to be these."""
     prepare_ready_rows(rows, folder)
