@@ -16,6 +16,7 @@ from megatron_tw.model.architecture import export_hf_config, parse_architecture,
 from megatron_tw.model.build import save_hf
 from megatron_tw.model.forward import ShortWindowScorer, long_nll, long_sequences, run_schedule
 from megatron_tw.model.huggingface import SafetensorsFolder
+from megatron_tw.parallel.devices import prepare_device
 from megatron_tw.parallel.zigzag import unshard
 
 LAYOUTS = [
@@ -199,6 +200,18 @@ def test_ropes_that_depend_on_the_input_are_refused(rope_type):
     rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0}
     with pytest.raises(ValueError, match=f"rope_type: expected default or one of .*yarn.*got '{rope_type}'"):
         rotary_embedding(parse_architecture({**config, "rope_parameters": rope}, "config.json"))
+
+
+def transformers_on_a_rank(folder: Path) -> torch.Tensor:
+    prepare_device()
+    return reference_logits(folder)
+
+
+def test_transformers_is_untouched_where_megatron_is_adapted(variant_folders, ranks):
+    """Both in one process: a model that transformers loads after `prepare_device` is the same as without it."""
+    for folder in variant_folders.values():
+        (adapted,) = ranks(1).run(transformers_on_a_rank, folder)
+        torch.testing.assert_close(adapted, reference_logits(folder), atol=0, rtol=0)
 
 
 def copy_checkpoint(target: Path) -> Path:

@@ -116,16 +116,15 @@ def what_scoring_changes(axes: Axes, config) -> list[str]:
         batches = next(run.loader)
 
         def snapshot():
-            model = {
-                f"{i}.{name}": x.clone() for i, m in enumerate(run.step.model) for name, x in m.state_dict().items()
+            parameters = {f"{i}.{n}": p for i, m in enumerate(run.step.model) for n, p in m.named_parameters()}
+            return {
+                "weights": {name: parameter.clone() for name, parameter in parameters.items()},
+                "main_grad": {name: parameter.main_grad.clone() for name, parameter in parameters.items()},
+                "grad": {name: parameter.grad is None for name, parameter in parameters.items()},
+                "mode": [module.training for model in run.step.model for module in model.modules()],
+                "rng": torch.get_rng_state(),
+                "config": copy.copy(run.chunks[0].config.__dict__),
             }
-            main_grads = {
-                f"{i}.{n}": p.main_grad.clone() for i, m in enumerate(run.step.model) for n, p in m.named_parameters()
-            }
-            grads = {n: p.grad is None for m in run.step.model for n, p in m.named_parameters()}
-            modes = [module.training for m in run.step.model for module in m.modules()]
-            return {"weights": model, "main_grad": main_grads, "grad": grads, "mode": modes,
-                    "rng": torch.get_rng_state(), "config": copy.copy(run.chunks[0].config.__dict__)}  # fmt: skip
 
         before = snapshot()
         rows_RN = torch.cat([batch.tokens for batch in batches])

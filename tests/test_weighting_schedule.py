@@ -1,5 +1,4 @@
 import doctest
-from dataclasses import replace
 
 import pytest
 import torch
@@ -105,7 +104,10 @@ def test_base_refuses_what_it_does_not_have():
     [
         ({}, WeightingConfig.preset("uniform")),
         ({"weighting": "dense", "interpolation": 0.5}, WeightingConfig.preset("dense", interpolation=0.5)),
-        ({"weighting": "sparse", "truncation": 3.0}, replace(WeightingConfig.preset("sparse"), truncation=3.0)),
+        (
+            {"weighting": "sparse", "truncation": 3.0},
+            WeightingConfig(transforms=("absolute",), normalization="l1", sparsification=0.2, truncation=3.0),
+        ),
         ({"weighting": "exact", "tau": 2048.0}, ExactConfig(tau=2048.0)),
         ({"weighting": "custom", "transforms": ("absolute",)}, WeightingConfig(transforms=("absolute",))),
     ],

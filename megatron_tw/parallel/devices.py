@@ -102,6 +102,9 @@ def adapt_megatron_to_cpu() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
+    # `with torch.device(...)` (transformers loads models under it) knows the factories by identity, from its first
+    # use on.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES + _LIKE_FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 
