@@ -40,13 +40,15 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 class RunState:
     """How far a run has come: what a resumed run needs besides weights and optimizer state.
 
-    loader: the data loader's state. seq_length: tokens of a row, the context length that an export names.
+    loader: the data loader's state. seq_length: tokens of a row, the context length that an export names. scores:
+    fingerprint of the cached scores that the weights were made from, None without.
     """
 
     iteration: int
     consumed_samples: int
     seq_length: int
     loader: dict[str, Any]
+    scores: str | None = None
 
 
 class HasState(Protocol):

@@ -7,6 +7,7 @@ from typing import Any
 from megatron_tw.config import RunConfig, check_config, virtual_pipeline_size
 from megatron_tw.data.loader import Loader, RowOrder
 from megatron_tw.data.rows import TOKENIZER_DIR, TokenRows, check_rows
+from megatron_tw.data.scores import ScoreRows
 from megatron_tw.model.build import build_model, check_export_target, save_hf
 from megatron_tw.parallel.devices import Device, peak_memory_bytes, prepare_device
 from megatron_tw.parallel.layout import Layout, make_layout, start_process_group
@@ -14,7 +15,7 @@ from megatron_tw.runtime.checkpoint import RunState, check_save_target, save_che
 from megatron_tw.runtime.metrics import MetricsLog
 from megatron_tw.runtime.optimizer import make_optimizer, make_scheduler, wrap_for_training
 from megatron_tw.runtime.source import ModelSource, open_source
-from megatron_tw.training.scorers import make_scorer
+from megatron_tw.training.scorers import make_scorer, open_scores
 from megatron_tw.training.step import TrainingStep
 from megatron_tw.weighting.options import schedule_from_options
 from megatron_tw.weighting.schedule import WeightingSchedule
@@ -27,6 +28,7 @@ class Inputs:
     rows: TokenRows
     source: ModelSource
     schedule: WeightingSchedule
+    scores: ScoreRows | None
     tokenizer_dir: Path | None
 
 
@@ -69,11 +71,19 @@ def open_inputs(config: RunConfig) -> Inputs:
     schedule = schedule_from_options(config.weighting)
     if schedule.needs_scorer and config.scorer.short_window is None:
         raise ValueError("--short-window: the weighting needs the length of the scorer's windows, got none")
+    scores = open_scores(config, rows, source.architecture) if schedule.needs_scorer else None
+    if (
+        source.saved is not None
+        and scores is not None
+        and source.saved.state.scores not in (None, scores.header.fingerprint)
+    ):
+        raise ValueError(f"--scores {scores.path}: other scores than those that the run of --load was trained with")
     tokenizer_dir = rows.path / TOKENIZER_DIR
     return Inputs(
         rows=rows,
         source=source,
         schedule=schedule,
+        scores=scores,
         tokenizer_dir=tokenizer_dir if tokenizer_dir.is_dir() else source.tokenizer_dir,
     )
 
@@ -105,6 +115,7 @@ class Run:
             config,
             inputs.schedule,
             rows=inputs.rows,
+            scores=inputs.scores,
             architecture=source.architecture,
             model=model,
             chunks=chunks,
@@ -208,6 +219,7 @@ class Run:
             consumed_samples=self.loader.consumed_samples,
             seq_length=self.config.data.seq_length,
             loader=self.loader.state_dict(),
+            scores=self.inputs.scores.header.fingerprint if self.inputs.scores is not None else None,
         )
         assert self.config.checkpoint.save is not None
         return save_checkpoint(

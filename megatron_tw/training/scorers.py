@@ -199,11 +199,33 @@ class EmaScorer(_Stateless):
                 self.average[parameter].copy_(state[f"ema{index}"][f"ema.{name}"])
 
 
+def open_scores(config: RunConfig, rows: TokenRows, architecture: Architecture) -> ScoreRows | None:
+    """The cached scores that --scores names, checked against this run; None when it names none.
+
+    Raises:
+        ValueError: they are incomplete, or not of these rows, windows or BOS; says everything that differs.
+    """
+    options = config.scorer
+    if options.scores is None:
+        return None
+    scores = ScoreRows(options.scores)
+    assert options.short_window is not None  # checked with the options
+    check_scores(
+        scores,
+        rows,
+        short_window=options.short_window,
+        short_stride=options.stride(config.data.seq_length),
+        bos_id=row_bos_id(config.data.bos_id, rows, architecture),
+    )
+    return scores
+
+
 def make_scorer(
     config: RunConfig,
     schedule: WeightingSchedule,
     *,
     rows: TokenRows,
+    scores: ScoreRows | None,
     architecture: Architecture,
     model: Sequence[torch.nn.Module],
     chunks: Sequence[TokenWeightedGPT],
@@ -222,9 +244,7 @@ def make_scorer(
     assert window is not None  # checked with the options
     stride = options.stride(seq_length)
     bos_id = row_bos_id(config.data.bos_id, rows, architecture)
-    if options.scores is not None:
-        scores = ScoreRows(options.scores)
-        check_scores(scores, rows, short_window=window, short_stride=stride, bos_id=bos_id)
+    if scores is not None:
         return CachedFrozenScorer(scores, rows, layout)
     live = options.scorer == "frozen"
     windows = ShortWindowScorer.create(
