@@ -23,13 +23,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,9 @@ from megatron_tw.config import (
     WeightingOptions,
 )
 from megatron_tw.parallel.devices import prepare_device, synchronize
+
+if TYPE_CHECKING:
+    from megatron_tw.training.loop import Run
 
 BOUND = 1.4
 """What a step with unfrozen scoring may cost, in uniform steps: a forward pass is about a third of a step."""
@@ -122,14 +126,14 @@ class _TimedWork:
 
 def measure(options: argparse.Namespace) -> dict[str, Any] | None:
     """On every rank of the launcher's world: the figures by scheme; None on all but rank 0."""
+    warnings.filterwarnings("ignore", module="torch|megatron")
     watch = Stopwatch()
     for name in COLLECTIVES:  # before Megatron-Core is imported: it keeps some of them under names of its own
         setattr(dist, name, watch.timed("communication", getattr(dist, name)))
     from megatron.core.pipeline_parallel import schedules
 
-    from megatron_tw.parallel.layout import start_process_group
+    from megatron_tw.parallel.layout import make_layout, start_process_group
     from megatron_tw.training.loop import Run, open_inputs
-    from megatron_tw.weighting.options import schedule_from_options
 
     for name in ("forward", "backward"):
         setattr(schedules, f"{name}_step", watch.timed(name, getattr(schedules, f"{name}_step")))
@@ -138,64 +142,67 @@ def measure(options: argparse.Namespace) -> dict[str, Any] | None:
     with _inputs(options) as folder:
         config = _config(options, folder, dist.get_world_size())
         inputs = open_inputs(config)
-        from megatron_tw.parallel.layout import make_layout
-
         run = Run.start(config, inputs, make_layout(config.parallel), device)
-        step = run.step
-        step.optimizer.step = watch.timed("optimizer", step.optimizer.step)
-        assert step.scorer is not None
-        step.scorer.score = watch.timed("scoring", step.scorer.score)  # type: ignore[method-assign]
-        schedules_by_name = {name: schedule_from_options(weighting) for name, weighting in SCHEMES.items()}
-        clocked_rounds = (options.repetitions + 1) // 2
-        seconds: dict[str, list[float]] = {name: [] for name in SCHEMES}
-        split: dict[str, list[dict[str, float]]] = {name: [] for name in SCHEMES}
-        rounds = 1 + options.repetitions + clocked_rounds  # the first one warms up
-        bar = tqdm(total=rounds * len(SCHEMES), desc=run.layout.describe(), unit="step", disable=not run.layout.reports)
-        for number in range(rounds):
-            watch.running = number > options.repetitions
-            for name in SCHEMES:
-                step.schedule = schedules_by_name[name]
-                watch.seconds.clear()
-                with watch.part("other"):
-                    metrics = step(next(run.loader), run.iteration)
-                run.iteration += 1
-                if watch.running:
-                    split[name].append(dict(watch.seconds))
-                elif number > 0:
-                    seconds[name].append(metrics["step_seconds"])
-                bar.update()
-        bar.close()
-        parameters = torch.tensor(
-            sum(
-                p.numel()
-                for key, p in run.chunks[0].named_parameters()
-                if "embedding" not in key and "output" not in key
-            )
-        )
+        assert run.step.scorer is not None
+        run.step.optimizer.step = watch.timed("optimizer", run.step.optimizer.step)
+        run.step.scorer.score = watch.timed("scoring", run.step.scorer.score)  # type: ignore[method-assign]
+        seconds, parts = _take_steps(run, watch, options.repetitions)
         if not run.layout.reports:
             return None
         return {
             "layout": run.layout.describe(),
             "device": device.type,
-            "parameters_per_rank": int(parameters),
+            "parameters": _layer_parameters(options),
             "options": {key: value for key, value in vars(options).items() if key != "output"},
             "schemes": {
                 name: {
                     "step_seconds": median(seconds[name]),
                     "ratio": median(seconds[name]) / median(seconds["uniform"]),
                     "steps": seconds[name],
-                    "parts": {part: median(one.get(part, 0.0) for one in split[name]) for part in PARTS},
+                    "parts": {part: median(step.get(part, 0.0) for step in parts[name]) for part in PARTS},
                 }
                 for name in SCHEMES
             },
         }
 
 
+def _take_steps(
+    run: "Run", watch: Stopwatch, repetitions: int
+) -> tuple[dict[str, list[float]], dict[str, list[dict[str, float]]]]:
+    """Rounds of one step of each scheme: one to warm up, `repetitions` undisturbed, half as many clocked.
+
+    Returns by scheme the seconds of the undisturbed steps, and the seconds by part of the clocked ones.
+    """
+    from megatron_tw.weighting.options import schedule_from_options
+
+    schedules = {name: schedule_from_options(weighting) for name, weighting in SCHEMES.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in SCHEMES}
+    parts: dict[str, list[dict[str, float]]] = {name: [] for name in SCHEMES}
+    rounds = 1 + repetitions + (repetitions + 1) // 2
+    with tqdm(
+        total=rounds * len(SCHEMES), desc=run.layout.describe(), unit="step", disable=not run.layout.reports
+    ) as bar:
+        for number in range(rounds):
+            watch.running = number > repetitions
+            for name, schedule in schedules.items():
+                run.step.schedule = schedule
+                watch.seconds.clear()
+                with watch.part("other"):
+                    metrics = run.step(next(run.loader), run.iteration)
+                run.iteration += 1
+                if watch.running:
+                    parts[name].append(dict(watch.seconds))
+                elif number > 0:
+                    seconds[name].append(metrics["step_seconds"])
+                bar.update()
+    return seconds, parts
+
+
 def format_figures(figures: dict[str, Any]) -> str:
     """The table of one layout."""
     options = figures["options"]
     lines = [
-        f"{figures['layout']} on {figures['device']}: {figures['parameters_per_rank'] / 1e6:.1f}M parameters a rank "
+        f"{figures['layout']} on {figures['device']}: {figures['parameters'] / 1e6:.1f}M parameters "
         f"without embeddings, N {options['seq_length']}, n {options['short_window']}, {options['micro_batches']} "
         f"micro-batches; seconds, medians of {options['repetitions']} interleaved steps",
         f"{'scheme':10}{'step':>9}{'ratio':>8}   " + "".join(f"{part:>14}" for part in PARTS),
@@ -206,6 +213,16 @@ def format_figures(figures: dict[str, Any]) -> str:
     worst = max(scheme["ratio"] for scheme in figures["schemes"].values())
     lines.append(f"highest ratio {worst:.2f}, bound {BOUND}: {'held' if worst <= BOUND else 'NOT HELD'}")
     return "\n".join(lines)
+
+
+def _layer_parameters(options: argparse.Namespace) -> int:
+    """Of all layers, without embeddings and norms: four attention and three MLP matrices each."""
+    hidden, ffn = options.hidden_size, _ffn_size(options)
+    return int(options.layers * (4 * hidden**2 + 3 * hidden * ffn))
+
+
+def _ffn_size(options: argparse.Namespace) -> int:
+    return int(options.hidden_size * 8 // 3 // 64 * 64)
 
 
 def _config(options: argparse.Namespace, folder: Path, world_size: int) -> RunConfig:
@@ -241,7 +258,7 @@ def _write_inputs(options: argparse.Namespace, folder: Path) -> None:
     config = LlamaConfig(
         vocab_size=options.vocab_size,
         hidden_size=options.hidden_size,
-        intermediate_size=options.hidden_size * 8 // 3 // 64 * 64,
+        intermediate_size=_ffn_size(options),
         num_hidden_layers=options.layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
