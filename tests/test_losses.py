@@ -1,8 +1,12 @@
 """The loss on one rank, against full logits. Parallel ranks: test_losses_parallel.py."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -48,13 +52,24 @@ def token_weight_cases(seq, batch):
     }
 
 
+ROW_BYTES = PADDED * 8  # logits of a token in fp64
+SPLITS = [  # of the work: into chunks, into tiles, and into what forward keeps and what backward makes again
+    {"chunk_tokens": 1},
+    {"chunk_tokens": 7, "tile_entries": 3},
+    {"chunk_tokens": 10_000, "tile_entries": 1},
+    {"chunk_tokens": 7, "tile_entries": 3, "keep_logits_bytes": 11 * ROW_BYTES},
+    {"chunk_tokens": 5, "keep_logits_bytes": 1000 * ROW_BYTES},
+    {},
+]
+
+
 @pytest.mark.parametrize("case", token_weight_cases(SEQ, BATCH))
-@pytest.mark.parametrize("chunk_tokens", [1, 7, 10_000, None])
-def test_equals_full_logits_in_fp64(case, chunk_tokens):
+@pytest.mark.parametrize("split", SPLITS)
+def test_equals_full_logits_in_fp64(case, split):
     hidden, weight, labels = make_inputs()
     token_weights = token_weight_cases(SEQ, BATCH)[case]
     expected = reference_nll(hidden, weight, labels)
-    nll = linear_cross_entropy(hidden, weight, labels, vocab_size=VOCAB, chunk_tokens=chunk_tokens)
+    nll = linear_cross_entropy(hidden, weight, labels, vocab_size=VOCAB, **split)
     assert nll.dtype == torch.float64
     torch.testing.assert_close(nll, expected, rtol=1e-12, atol=1e-12)
     assert (nll[labels == -100] == 0).all()
@@ -75,13 +90,19 @@ def test_gradcheck(case):
     hidden, weight, labels = make_inputs(seq=4)
     token_weights = token_weight_cases(4, 2)[case]
 
-    def loss(hidden, weight):
-        return linear_cross_entropy(hidden, weight, labels, vocab_size=VOCAB, chunk_tokens=3) * token_weights
+    def loss(hidden, weight, **options):
+        options = {"vocab_size": VOCAB, "chunk_tokens": 3, "tile_entries": 4} | options
+        return linear_cross_entropy(hidden, weight, labels, **options) * token_weights
+
+    def loss_of_kept_logits(hidden, weight):
+        return loss(hidden, weight, keep_logits_bytes=5 * ROW_BYTES, z_loss=0.1)
 
     def loss_of_logits(hidden, weight):
         return vocab_parallel_cross_entropy(F.linear(hidden, weight), labels, vocab_size=VOCAB) * token_weights
 
     assert torch.autograd.gradcheck(loss, (hidden, weight))
+    # Its second backward makes the logits again, so it is the same up to rounding only.
+    assert torch.autograd.gradcheck(loss_of_kept_logits, (hidden, weight), nondet_tol=1e-12)
     assert torch.autograd.gradcheck(loss_of_logits, (hidden, weight))
 
 
@@ -99,20 +120,57 @@ def addmm_flops(_, left, right, *, out_shape=None, **kwargs):
     return 2 * left[0] * left[1] * right[1]
 
 
+def count_flops():
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops})
+
+
+@pytest.mark.parametrize("keep_logits_bytes", [0, 1 << 20])
 @pytest.mark.parametrize(("case", "rows"), [("random", None), ("one row", 1), ("all zero", 0)])
-def test_backward_works_only_on_rows_with_a_gradient(case, rows):
+def test_backward_works_only_on_rows_with_a_gradient(case, rows, keep_logits_bytes):
     hidden, weight, labels = make_inputs()
     labels[labels == -100] = 0
-    nll = linear_cross_entropy(hidden, weight, labels, vocab_size=VOCAB)
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}) as counter:
+    options = {"vocab_size": VOCAB, "tile_entries": 3, "keep_logits_bytes": keep_logits_bytes}
+    nll = linear_cross_entropy(hidden, weight, labels, **options)
+    with count_flops() as counter:
         hidden_grad, weight_grad = gradients(nll, token_weight_cases(SEQ, BATCH)[case], hidden, weight)
     rows = SEQ * BATCH if rows is None else rows
-    assert counter.get_total_flops() == 3 * 2 * rows * HIDDEN * VOCAB  # logits again, and two gradients
+    gemms = 2 if keep_logits_bytes else 3  # logits again, unless they were kept, and two gradients
+    assert counter.get_total_flops() == gemms * 2 * rows * HIDDEN * VOCAB
     assert hidden_grad.shape == hidden.shape
     assert weight_grad.shape == weight.shape
     if rows == 0:
         assert (hidden_grad == 0).all()
         assert (weight_grad == 0).all()
+
+
+def test_forward_works_only_on_rows_with_a_label():
+    hidden, weight, labels = make_inputs()
+    with count_flops() as counter:
+        linear_cross_entropy(hidden, weight, labels, vocab_size=VOCAB)
+    num_labelled = int((labels != -100).sum())
+    assert 0 < num_labelled < labels.numel()
+    assert counter.get_total_flops() == 2 * num_labelled * HIDDEN * VOCAB
+
+
+def test_a_second_backward_makes_again_what_the_first_has_used_up():
+    hidden, weight, labels = make_inputs()
+    nll = linear_cross_entropy(hidden, weight, labels, vocab_size=VOCAB, keep_logits_bytes=1 << 20)
+    first = torch.autograd.grad(nll.sum(), (hidden, weight), retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(nll.sum(), (hidden, weight)), first)
+
+
+@pytest.mark.parametrize("keep_logits_bytes", [0, 5 * ROW_BYTES])
+def test_z_loss(keep_logits_bytes):
+    hidden, weight, labels = make_inputs()
+    lse = F.linear(hidden, weight)[..., :VOCAB].logsumexp(dim=-1)
+    expected = reference_nll(hidden, weight, labels) + 0.01 * torch.where(labels == -100, 0.0, lse**2)
+    options = {"vocab_size": VOCAB, "z_loss": 0.01, "keep_logits_bytes": keep_logits_bytes}
+    loss = linear_cross_entropy(hidden, weight, labels, **options)
+    torch.testing.assert_close(loss, expected)
+    token_weights = token_weight_cases(SEQ, BATCH)["a third is zero"]
+    torch.testing.assert_close(
+        gradients(loss, token_weights, hidden, weight), gradients(expected, token_weights, hidden, weight)
+    )
 
 
 def test_all_labels_ignored_and_no_tokens_at_all():
@@ -135,20 +193,23 @@ def test_weights_of_a_64th_give_exactly_a_64th():
         assert all(torch.equal(a / 64, b) for a, b in zip(whole, part, strict=True))
 
 
-def test_bitwise_the_same_twice_and_inputs_unchanged():
+@pytest.mark.parametrize("keep_logits_bytes", [0, 7 * ROW_BYTES])
+def test_bitwise_the_same_twice_and_inputs_unchanged(keep_logits_bytes):
     hidden, weight, labels = make_inputs(torch.float32)
     before = hidden.detach().clone(), weight.detach().clone(), labels.clone()
     results = []
     for _ in range(2):
-        nll = linear_cross_entropy(hidden, weight, labels, vocab_size=VOCAB, chunk_tokens=4)
+        options = {"chunk_tokens": 4, "tile_entries": 3, "keep_logits_bytes": keep_logits_bytes}
+        nll = linear_cross_entropy(hidden, weight, labels, vocab_size=VOCAB, **options)
         results.append((nll, *gradients(nll, 1.0, hidden, weight)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert all(torch.equal(a, b) for a, b in zip((hidden, weight, labels), before, strict=True))
 
 
+@pytest.mark.parametrize("keep_logits_bytes", [0, 1 << 20])
 @pytest.mark.parametrize("certain", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_bf16_error_is_not_above_that_of_the_plain_bf16_path(weighted, certain):
+def test_bf16_error_is_not_above_that_of_the_plain_bf16_path(weighted, certain, keep_logits_bytes):
     """Norms of the errors against fp64 on the same bf16 numbers. Plain: bf16 logits, then cross-entropy in fp32.
 
     In the certain case a label's probability is near 1: there the error of its logit must cancel, or nothing is left.
@@ -167,36 +228,48 @@ def test_bf16_error_is_not_above_that_of_the_plain_bf16_path(weighted, certain):
     logits = F.linear(hidden, weight)[..., :509].float().flatten(0, 1)
     plain_nll = F.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="none").view(labels.shape)
     plain = plain_nll, *gradients(plain_nll, token_weights, hidden, weight)
-    nll = linear_cross_entropy(hidden, weight, labels, vocab_size=509, chunk_tokens=20)
+    options = {"chunk_tokens": 20, "tile_entries": 200, "keep_logits_bytes": keep_logits_bytes}
+    nll = linear_cross_entropy(hidden, weight, labels, vocab_size=509, **options)
     assert nll.dtype == torch.float32
     ours = nll, *gradients(nll, token_weights, hidden, weight)
     for our, their, right in zip(ours, plain, exact, strict=True):
         assert (our - right).norm() <= bound * (their - right).norm()
 
 
-def test_under_no_grad_nothing_is_saved():
-    hidden, weight, labels = make_inputs()
-    saved: list[torch.Tensor] = []
-    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(saved.append, lambda packed: packed):
-        nll = linear_cross_entropy(hidden, weight, labels, vocab_size=VOCAB)
-    assert not saved
-    assert not nll.requires_grad
-
-
-def test_saves_hidden_weight_labels_and_one_number_a_token():
-    hidden, weight, labels = make_inputs()
-    saved = []
+def saved_tensors(*inputs, **options):
+    """What the loss of these inputs keeps for backward, beyond the inputs."""
+    live: list[torch.Tensor] = []
 
     def pack(tensor):
-        saved.append(tensor)
+        live.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
-        linear_cross_entropy(hidden, weight, labels, vocab_size=VOCAB)
-    own = [
-        tensor for tensor in saved if tensor.data_ptr() not in (hidden.data_ptr(), weight.data_ptr(), labels.data_ptr())
-    ]
-    assert [tensor.numel() for tensor in own] == [SEQ * BATCH]
+        nll = linear_cross_entropy(*inputs, **options)
+    kept = [tensor for chunk in getattr(nll.grad_fn, "kept_chunks", []) for tile in chunk.kept for tensor in tile]
+    pointers = {tensor.data_ptr() for tensor in inputs}
+    return [tensor for tensor in live if tensor.data_ptr() not in pointers], kept
+
+
+def test_under_no_grad_nothing_is_saved():
+    hidden, weight, labels = make_inputs()
+    with torch.no_grad():
+        assert saved_tensors(hidden, weight, labels, vocab_size=VOCAB, keep_logits_bytes=1 << 20) == ([], [])
+        nll = linear_cross_entropy(hidden, weight, labels, vocab_size=VOCAB)
+    assert not nll.requires_grad
+
+
+def test_saves_hidden_weight_labels_and_two_numbers_a_token():
+    saved, kept = saved_tensors(*make_inputs(), vocab_size=VOCAB)
+    assert [tensor.numel() for tensor in saved] == [SEQ * BATCH, SEQ * BATCH]  # log-sum-exp and the label's logit
+    assert kept == []
+
+
+def test_keeps_logits_of_as_many_tokens_as_fit():
+    hidden, weight, labels = make_inputs()
+    options = {"vocab_size": VOCAB, "chunk_tokens": 4, "keep_logits_bytes": 10 * ROW_BYTES + 1}
+    _, kept = saved_tensors(hidden, weight, labels, **options)
+    assert [tuple(tensor.shape) for tensor in kept] == [(4, 7), (4,), (4, 7), (4,), (2, 7), (2,)]
 
 
 def test_autocast_and_recompute():
@@ -299,6 +372,8 @@ def test_label_out_of_range_is_an_error(bad_label):
         ),
         ({"vocab_size": PADDED + 1}, "vocab_size: expected 1 to 8 .*got 9"),
         ({"chunk_tokens": 0}, "chunk_tokens: expected 1 or more, got 0"),
+        ({"tile_entries": -1}, "tile_entries: expected 1 or more, got -1"),
+        ({"keep_logits_bytes": -1}, "keep_logits_bytes: expected 0 or more, got -1"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
@@ -314,3 +389,38 @@ def test_extreme_logits_stay_finite():
     assert nll.item() == 600.0
     hidden_grad, _ = gradients(nll, 1.0, hidden, weight)
     assert hidden_grad.flatten().tolist() == [1.0, -1.0]
+
+
+class AllocatedBytes(TorchDispatchMode):
+    """Bytes of the tensors made under this mode that are alive at a time, counted once for each storage."""
+
+    def __init__(self):
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        known = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if torch.is_tensor(tensor)}
+        for tensor in tree_leaves(result):
+            if torch.is_tensor(tensor) and tensor.untyped_storage()._cdata not in known | self.live.keys():
+                storage = tensor.untyped_storage()
+                self.live[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.live.values()))
+        return result
+
+
+@pytest.mark.parametrize("kappa", [1.0, 0.2])
+def test_memory_grows_by_at_most_64_bytes_a_token(kappa):
+    """Beyond hidden states and their gradient: no logits, nothing of the hidden size."""
+    width, peaks = 16, []
+    for tokens in (4096, 65536):
+        hidden, weight, labels = make_inputs(torch.float32, tokens, 1, width, 64, 64)
+        token_weights = (torch.rand(tokens, 1, generator=torch.Generator().manual_seed(1)) < kappa).float()
+        with AllocatedBytes() as allocated:
+            nll = linear_cross_entropy(hidden, weight, labels)
+            gradients(nll, token_weights, hidden, weight)
+        assert allocated.peak > tokens * width * 4  # the gradient of hidden is counted
+        peaks.append(allocated.peak - tokens * width * 4)
+    assert peaks[1] - peaks[0] <= 64 * (65536 - 4096)

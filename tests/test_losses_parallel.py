@@ -19,7 +19,10 @@ def local_slice(tensor):
 def assert_equal_to_full_logits(sequence_parallel):
     """On every rank: NLL, gradient of hidden and gradient of the weight shard, for every kind of token weights."""
     group = dist.group.WORLD
-    for sizes, chunk_sizes in ((SIZES, (1, 6, 1000)), (ALL_PADDING, (6,))):
+    row_bytes = 8 * SIZES["padded"] // dist.get_world_size()
+    some_kept = {"chunk_tokens": 6, "tile_entries": 3, "keep_logits_bytes": 9 * row_bytes}
+    splits = ({"chunk_tokens": 1}, {"chunk_tokens": 6, "tile_entries": 3}, some_kept, {"keep_logits_bytes": 1 << 20})
+    for sizes, own_splits in ((SIZES, splits), (ALL_PADDING, (some_kept,))):
         hidden, weight, labels = make_inputs(**sizes)
         own_hidden = local_slice(hidden) if sequence_parallel else hidden
         own_weight = local_slice(weight)
@@ -31,7 +34,7 @@ def assert_equal_to_full_logits(sequence_parallel):
             if sequence_parallel:
                 expected_hidden = local_slice(expected_hidden)
             expected = expected_hidden, local_slice(expected_weight)
-            for chunk_tokens in chunk_sizes:
+            for split in own_splits:
                 nll = linear_cross_entropy(
                     own_hidden,
                     own_weight,
@@ -39,7 +42,7 @@ def assert_equal_to_full_logits(sequence_parallel):
                     tp_group=group,
                     sequence_parallel=sequence_parallel,
                     vocab_size=vocab,
-                    chunk_tokens=chunk_tokens,
+                    **split,
                 )
                 torch.testing.assert_close(nll, expected_nll, rtol=1e-12, atol=1e-12)
                 actual = gradients(nll, token_weights, own_hidden, own_weight)

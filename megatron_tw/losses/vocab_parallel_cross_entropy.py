@@ -8,13 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from megatron_tw.losses.vocab_shard import (
-    VocabShard,
-    check_labels,
-    combine_shards,
-    logit_gradient_,
-    shard_statistics,
-)
+from megatron_tw.losses.logit_tiles import tile_operations
+from megatron_tw.losses.vocab_shard import VocabShard, check_labels, combine_shards
 
 CHUNK_ELEMENTS = 1 << 24  # logits that are worked on at a time: 64 MiB of fp32
 
@@ -64,37 +59,44 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         logits_TV, labels_T = logits_SBV.flatten(0, 1)[:, : shard.size], labels_SB.flatten()
         dtype = torch.float64 if logits_TV.dtype == torch.float64 else torch.float32
+        operations = tile_operations(logits_TV.device, dtype)
         statistics_3T = logits_TV.new_zeros(3, len(labels_T), dtype=dtype)
         max_T, sum_T, target_T = statistics_3T
+        max_T.fill_(-torch.inf)
         for rows in _row_chunks(logits_TV):
             chunk_TV = logits_TV[rows].to(dtype, copy=True)
-            if shard.size > 0:
-                index_T, here_T = shard.local(labels_T[rows])
-                target_T[rows] = chunk_TV.gather(1, index_T[:, None])[:, 0] * here_T
-            max_T[rows], sum_T[rows] = shard_statistics(chunk_TV)
+            label_T, here_T = shard.local(labels_T[rows])
+            target_T[rows] = chunk_TV.gather(1, label_T[:, None])[:, 0] * here_T
+            label_T = torch.where(here_T, label_T, -1)
+            operations.add_statistics_(chunk_TV, label_T, target_T[rows], max_T[rows], sum_T[rows], keep=False)
         lse_T, target_T = combine_shards(statistics_3T, tp_group)
-        ctx.save_for_backward(logits_SBV, labels_SB, lse_T)
+        ctx.save_for_backward(logits_SBV, labels_SB, lse_T, target_T)
         ctx.shard, ctx.ignore_index = shard, ignore_index  # type: ignore[attr-defined]
         return torch.where(labels_T == ignore_index, 0.0, lse_T - target_T).view_as(labels_SB)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_SB: Tensor) -> tuple[Tensor | None, ...]:
-        logits_SBV, labels_SB, lse_T = ctx.saved_tensors  # type: ignore[attr-defined]
+        logits_SBV, labels_SB, lse_T, target_T = ctx.saved_tensors  # type: ignore[attr-defined]
         shard: VocabShard = ctx.shard  # type: ignore[attr-defined]
         labels_T = labels_SB.flatten()
         grad_T = torch.where(labels_T == ctx.ignore_index, 0.0, grad_SB.flatten().to(lse_T.dtype))  # type: ignore[attr-defined]
         grad_SBV = torch.zeros_like(logits_SBV, memory_format=torch.contiguous_format)
         logits_TV, grad_TV = logits_SBV.flatten(0, 1)[:, : shard.size], grad_SBV.flatten(0, 1)[:, : shard.size]
+        operations = tile_operations(logits_TV.device, lse_T.dtype)
         for rows in _row_chunks(logits_TV):
             chunk_TV = logits_TV[rows].to(lse_T.dtype, copy=True)
-            grad_TV[rows] = logit_gradient_(chunk_TV, lse_T[rows], labels_T[rows], grad_T[rows], shard).to(
-                grad_TV.dtype
-            )
+            label_T, here_T = shard.local(labels_T[rows])
+            label_T = torch.where(here_T, label_T, -1)
+            scale_T = grad_T[rows]
+            operations.logit_gradient_(chunk_TV, label_T, target_T[rows], lse_T[rows], scale_T, scale_T, None)
+            grad_TV[rows] = chunk_TV.to(grad_TV.dtype)
         return grad_SBV, None, None, None, None
 
 
 def _row_chunks(logits_TV: Tensor) -> list[slice]:
     num_rows, width = logits_TV.shape
-    step = max(1, CHUNK_ELEMENTS // max(1, width))
+    if width == 0:  # a shard of padding only
+        return []
+    step = max(1, CHUNK_ELEMENTS // width)
     return [slice(start, start + step) for start in range(0, num_rows, step)]

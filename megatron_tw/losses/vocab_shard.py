@@ -1,6 +1,6 @@
 """This rank's share of the vocabulary, and the statistics of its logits that make an NLL once all shares are together.
 
-Shape suffixes: T tokens, V true (not padded) vocabulary entries of this rank.
+Shape suffixes: T tokens.
 """
 
 from dataclasses import dataclass
@@ -53,14 +53,6 @@ def check_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
         raise ValueError(f"labels: expected 0 to {vocab_size - 1}, or {ignore_index} to ignore, got {first}")
 
 
-def shard_statistics(logits_TV: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximum over this shard and sum of exp(logit - maximum), both [T]. Overwrites `logits_TV` (fp32 or fp64)."""
-    if logits_TV.shape[1] == 0:  # a shard of padding only
-        return logits_TV.new_full((len(logits_TV),), -torch.inf), logits_TV.new_zeros(len(logits_TV))
-    max_T = logits_TV.amax(dim=1)
-    return max_T, logits_TV.sub_(max_T[:, None]).exp_().sum(dim=1)
-
-
 def combine_shards(statistics_3T: Tensor, tp_group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """Log of the softmax's denominator, and the label's logit, over all shards. One MAX and one SUM all-reduce.
 
@@ -76,12 +68,3 @@ def combine_shards(statistics_3T: Tensor, tp_group: dist.ProcessGroup | None) ->
     sums_2T = torch.stack([sum_T * (max_T - total_max_T).exp(), target_T])
     dist.all_reduce(sums_2T, group=tp_group)  # denominator, and the logit that one shard alone has
     return total_max_T + sums_2T[0].log(), sums_2T[1]
-
-
-def logit_gradient_(logits_TV: Tensor, lse_T: Tensor, labels_T: Tensor, grad_T: Tensor, shard: VocabShard) -> Tensor:
-    """Turns logits into the gradient grad * (softmax - one_hot(label)), in place. Ignored labels have grad 0."""
-    logits_TV.sub_(lse_T[:, None]).exp_()
-    if shard.size > 0:
-        index_T, here_T = shard.local(labels_T)
-        logits_TV.scatter_add_(1, index_T[:, None], -here_T[:, None].to(logits_TV.dtype))
-    return logits_TV.mul_(grad_T[:, None])
