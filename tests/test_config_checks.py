@@ -81,6 +81,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (WINDOW | {"short_stride": 48, "min_short_context": 17}, "--short-stride: expected at most 47, got 48"),
     (WINDOW | {"min_short_context": 0}, "--min-short-context: expected 1 or more"),
     (WINDOW | {"scoring_micro_batch": 0}, "--scoring-micro-batch: expected 1 or more"),
+    (
+        {"scorer": "ema", "overlap_param_gather": True, "overlap_grad_reduce": True},
+        "--overlap-param-gather: --scorer ema",
+    ),
     ({"scorer_ema_decay": 1.5}, "--scorer-ema-decay: expected 0.0 to 1.0, got 1.5"),
     ({"scores": "scores"}, "--scores: is for --scorer frozen, got --scorer unfrozen"),
     ({"scorer": "ema", "scorer_hf": "hf"}, "--scorer-hf: is for --scorer frozen, got --scorer ema"),
