@@ -45,7 +45,7 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
     )
     _require(
         config.scorer.scorer != "ema" or not config.parallel.overlap_param_gather,
-        "--overlap-param-gather: --scorer ema averages the weights right after the update, before they would be gathered",
+        "--overlap-param-gather: --scorer ema averages the weights after the update, before they would be gathered",
     )
     if world_size is not None:
         num_microbatches(config.train, config.parallel, world_size)
