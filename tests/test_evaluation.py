@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from megatron_tw.evaluation.compare import compare, paired_difference
+from megatron_tw.evaluation.compare import Difference, compare, paired_difference
 from megatron_tw.evaluation.key_tokens import KeyTokens, choose_key_tokens, key_tokens, long_ppl
 from megatron_tw.evaluation.page import render_page
 from megatron_tw.evaluation.plots import plot_key_tokens, plot_nll_by_position, plot_training
@@ -173,17 +173,23 @@ def test_paired_difference_is_a_ratio_over_rows() -> None:
     assert found.mean == 12 / 4
     # d = 4, 2, 6; m = 2, 1, 1; residuals 4 - 6, 2 - 3, 6 - 3: sqrt(3/2 * 14) / 4
     assert found.standard_error == pytest.approx(math.sqrt(21) / 4)
-    assert found.is_clear
+    assert found.rows == 3
     assert paired_difference(nll, reference, np.zeros_like(mask)) is None
     one_row = paired_difference(nll, reference, np.asarray([[1, 1], [0, 0], [0, 0]], bool))
     assert one_row is not None
     assert (one_row.mean, one_row.standard_error, one_row.is_clear) == (2.0, None, False)
 
 
-def three_models() -> tuple[dict[str, EvaluationResult], KeyTokens]:
-    uniform = result(LONG, SHORT)
-    better = result([[1.0, 2.0, 2.0, 4.0], [5.0, 6.0, 7.0, 7.0]])
-    worse = result([[2.0, 3.0, 3.5, 5.0], [6.0, 7.0, 8.0, 8.5]])
+def test_a_difference_is_clear_beyond_two_standard_errors_in_enough_rows() -> None:
+    assert Difference(mean=-0.21, standard_error=0.1, rows=30).is_clear
+    assert not Difference(mean=-0.19, standard_error=0.1, rows=30).is_clear
+    assert not Difference(mean=-0.21, standard_error=0.1, rows=29).is_clear
+
+
+def three_models(copies: int = 1) -> tuple[dict[str, EvaluationResult], KeyTokens]:
+    uniform = result(LONG * copies, SHORT * copies)
+    better = result([[1.0, 2.0, 2.0, 4.0], [5.0, 6.0, 7.0, 7.0]] * copies)
+    worse = result([[2.0, 3.0, 3.5, 5.0], [6.0, 7.0, 8.0, 8.5]] * copies)
     return {"base": worse, "uniform": uniform, "sparse": better}, choose_key_tokens(uniform, "uniform")
 
 
@@ -201,12 +207,18 @@ def test_models_are_compared_on_the_same_targets() -> None:
     assert (sparse.key.difference.mean, sparse.key.difference.standard_error) == (-1.0, 0.0)
     assert [bucket.nll for bucket in sparse.buckets] == [3.5, 5.0]
     assert [difference and difference.mean for difference in sparse.bucket_differences] == [0.0, -0.5]
+
+
+def test_what_came_out_is_said() -> None:
+    comparison = compare(*three_models(copies=15))
     tables = format_tables(comparison)
     assert "sparse" in tables
     assert "4.2500" in tables
-    base, sparse_verdict = verdicts(comparison)
+    base, sparse = verdicts(comparison)
     assert base.startswith("base is worse than uniform over all targets: NLL +0.8750 ± 0.0000; ")
-    assert sparse_verdict.endswith("it is better than uniform on the key tokens: NLL -1.0000 ± 0.0000.")
+    assert sparse.endswith("it is better than uniform on the key tokens: NLL -1.0000 ± 0.0000.")
+    _, sparse = verdicts(compare(*three_models(copies=14)))
+    assert "it cannot be told from uniform (only 28 rows) on the key tokens" in sparse
 
 
 def test_an_empty_key_set_is_said() -> None:

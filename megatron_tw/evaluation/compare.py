@@ -16,7 +16,9 @@ from megatron_tw.evaluation.position import PositionBucket, beyond, mean_nll, nl
 from megatron_tw.evaluation.result import EvaluationResult
 
 CLEAR = 2.0
-"""Standard errors from which on a difference is called one."""
+"""Standard errors from which on a difference is called one, if enough rows tell of it."""
+FEW_ROWS = 30
+"""With fewer rows a standard error is too uncertain itself to call a difference clear."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +28,15 @@ class Difference:
     mean: float
     standard_error: float | None
     """None: a single row holds all the targets."""
+    rows: int
+    """Rows with a target."""
 
     @property
     def is_clear(self) -> bool:
-        """Whether it is more than CLEAR standard errors away from 0."""
-        return self.standard_error is not None and abs(self.mean) > CLEAR * self.standard_error
+        """Whether it is more than CLEAR standard errors away from 0, and FEW_ROWS or more rows tell of it."""
+        if self.standard_error is None or self.rows < FEW_ROWS:
+            return False
+        return abs(self.mean) > CLEAR * self.standard_error
 
     def __str__(self) -> str:
         error = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"
@@ -152,9 +158,10 @@ def paired_difference(
         return None
     mean = float(per_row_R.sum()) / targets
     if rows == 1:
-        return Difference(mean=mean, standard_error=None)
+        return Difference(mean=mean, standard_error=None, rows=rows)
     residual = float(((per_row_R - mean * targets_R) ** 2).sum())
-    return Difference(mean=mean, standard_error=math.sqrt(rows / (rows - 1) * residual) / targets)
+    standard_error = math.sqrt(rows / (rows - 1) * residual) / targets
+    return Difference(mean=mean, standard_error=standard_error, rows=rows)
 
 
 def _measure(

@@ -92,10 +92,9 @@ def plot_training(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
                 continue
             x, y = np.asarray(points, np.float64).T
             colour = COLOURS[i % len(COLOURS)]
+            window = 1 if key == "learning_rate" else max(1, round(len(y) * SMOOTHED_SHARE))
             axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
-            axes.plot(
-                x, running_mean(y, max(1, round(len(y) * SMOOTHED_SHARE))), color=colour, linewidth=1.8, label=name
-            )
+            axes.plot(x, running_mean(y, window), color=colour, linewidth=1.8, label=name)
         axes.set(xlabel="step", title=label)
         axes.ticklabel_format(axis="y", useOffset=False)
         if key in FROM_ZERO:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_tw.evaluation.compare import CLEAR, Comparison, Measure, ModelRow
+from megatron_tw.evaluation.compare import CLEAR, FEW_ROWS, Comparison, Measure, ModelRow
 
 NO_KEY_TOKENS = "No target is a key token, so nothing can be said about long-range prediction."
 
@@ -61,7 +61,8 @@ def notes(comparison: Comparison) -> list[str]:
         f"every model. Within and beyond: targets with less, and with at least, {comparison.old_context:,} tokens of "
         "context.",
         f"Key tokens: {comparison.key.describe()}. One fixed set for every model.",
-        f"Standard errors are over rows; a difference is called clear beyond {CLEAR:g} of them. Each model is one "
+        f"Standard errors are over rows; a difference is called clear beyond {CLEAR:g} of them, in at "
+        f"least {FEW_ROWS} rows. Each model is one "
         "training run: how much another seed would change is not in them.",
     ]
     if comparison.key.count and comparison.key.name in {model.name for model in comparison.models}:
@@ -113,6 +114,8 @@ def _measures(model: ModelRow) -> Sequence[Measure]:
 
 def _verdict(measure: Measure, reference: str) -> str:
     assert measure.difference is not None
+    if measure.difference.rows < FEW_ROWS:
+        return f"cannot be told from {reference} (only {measure.difference.rows} rows)"
     if not measure.difference.is_clear:
         return f"shows no clear difference to {reference}"
     return f"is {'better' if measure.difference.mean < 0 else 'worse'} than {reference}"
