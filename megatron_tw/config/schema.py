@@ -239,8 +239,8 @@ class LoggingConfig:
 
     tensorboard_dir: str | None = None
     """Folder for TensorBoard (null: tensorboard/ under --save)."""
-    log_interval: int = 1
-    """Steps between two lines of the log."""
+    log_interval: int = 10
+    """Steps between two lines of the log, where it is no terminal (a terminal shows a progress bar)."""
 
 
 @dataclass(frozen=True, kw_only=True)

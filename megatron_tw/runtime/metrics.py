@@ -1,4 +1,4 @@
-"""Where a run writes its numbers: SAVE/metrics.jsonl, TensorBoard, and the progress bar, on rank 0."""
+"""Where a run writes its numbers: SAVE/metrics.jsonl, TensorBoard, and a progress bar or lines of text, on rank 0."""
 
 import json
 from pathlib import Path
@@ -9,14 +9,24 @@ from tqdm import tqdm
 
 class MetricsLog:
     """One JSON object a step in `metrics.jsonl`, the same numbers in TensorBoard, a progress bar on the terminal.
+    Where the
+    output is no terminal (a job's log file), a line every `log_interval` steps and for the last one instead.
 
     Made on rank 0 only. Resuming at step `start_iteration` cuts the file back to the steps before it, so that a step
     that is done again stands there once.
     """
 
     def __init__(
-        self, save: Path | None, tensorboard_dir: Path | None, *, start_iteration: int, train_iters: int
+        self,
+        save: Path | None,
+        tensorboard_dir: Path | None,
+        *,
+        start_iteration: int,
+        train_iters: int,
+        log_interval: int,
     ) -> None:
+        self._log_interval = log_interval
+        self._train_iters = train_iters
         self._file = None
         self._tensorboard = None
         if save is not None:
@@ -31,7 +41,9 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=start_iteration + 1)
-        self._bar = tqdm(initial=start_iteration, total=train_iters, desc="training", unit="step", dynamic_ncols=True)
+        self._bar = tqdm(
+            initial=start_iteration, total=train_iters, desc="training", unit="step", dynamic_ncols=True, disable=None
+        )
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Record one step. `metrics` holds `iteration` and numbers."""
@@ -41,12 +53,15 @@ class MetricsLog:
             for name, value in metrics.items():
                 if name != "iteration" and isinstance(value, int | float):
                     self._tensorboard.add_scalar(name, value, metrics["iteration"])
-        self._bar.update()
-        self._bar.set_postfix_str(
+        figures = (
             f"weighted {metrics['weighted_loss']:.4f}, lm {metrics['lm_loss']:.4f}, grad {metrics['grad_norm']:.3f}, "
-            f"{metrics['tokens_per_second']:,.0f} tok/s",
-            refresh=False,
+            f"{metrics['tokens_per_second']:,.0f} tok/s"
         )
+        self._bar.update()
+        self._bar.set_postfix_str(figures, refresh=False)
+        step = metrics["iteration"]
+        if self._bar.disable and (step % self._log_interval == 0 or step == self._train_iters):
+            self.say(f"step {step}/{self._train_iters}: {figures}, lr {metrics['learning_rate']:.3g}")
 
     def say(self, text: str) -> None:
         """Print a line without tearing the bar."""

@@ -193,7 +193,11 @@ class Run:
         config, saved = self.config, self.inputs.source.saved
         save = Path(config.checkpoint.save) if config.checkpoint.save is not None else None
         log = MetricsLog(
-            save, config.tensorboard_dir, start_iteration=self.iteration, train_iters=config.train.train_iters
+            save,
+            config.tensorboard_dir,
+            start_iteration=self.iteration,
+            train_iters=config.train.train_iters,
+            log_interval=config.logging.log_interval,
         )
         if saved is not None:
             layouts = f"{saved.layout}, now {self.layout.describe()}"
