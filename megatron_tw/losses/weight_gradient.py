@@ -3,6 +3,8 @@
 Shape suffixes: V true vocabulary entries of this rank, H hidden size, M tokens, B vocabulary entries of a tile.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -14,10 +16,23 @@ def add_product_(sum_XY: Tensor, left_XK: Tensor, right_KY: Tensor) -> None:
     """
     if left_XK.dtype == sum_XY.dtype:
         sum_XY.addmm_(left_XK, right_KY)
-    elif left_XK.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # torch 2.8 on
-        torch.addmm(sum_XY, left_XK, right_KY, out_dtype=sum_XY.dtype, out=sum_XY)
+    elif left_XK.is_cuda and _gemm_adds_to_fp32(left_XK.dtype):
+        torch.addmm(sum_XY, left_XK, right_KY, out_dtype=torch.float32, out=sum_XY)
+    elif left_XK.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):  # torch 2.8 on
+        sum_XY.add_(torch.mm(left_XK, right_KY, out_dtype=torch.float32))
     else:
         sum_XY.addmm_(left_XK.to(sum_XY.dtype), right_KY.to(sum_XY.dtype))
+
+
+@functools.cache
+def _gemm_adds_to_fp32(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch adds a product of low precision to an fp32 sum in one GEMM; some refuse an fp32 sum."""
+    factor, total = torch.ones(16, 16, dtype=dtype, device="cuda"), torch.ones(16, 16, device="cuda")
+    try:
+        torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):  # TypeError: no such argument
+        return False
+    return bool((total == 17).all())
 
 
 class WeightGradient:
