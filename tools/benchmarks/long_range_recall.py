@@ -78,7 +78,7 @@ class Settings:
     base_rows: int = 64
     """Rows of a step of the base training."""
     base_lr: float = 3e-3
-    train_iters: int = 160
+    train_iters: int = 120
     rows: int = 2
     """Rows of a step of the extension."""
     lr: float = 3e-4
@@ -91,7 +91,7 @@ class Settings:
     """Gamma of longce."""
     alpha: float = 0.15
     """Of exact; its tau is n."""
-    points: int = 8
+    points: int = 6
     """Measurements along the extension."""
     held_out_rows: int = 64
 
