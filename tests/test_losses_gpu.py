@@ -19,7 +19,7 @@ def test_equals_fp64(dtype, bound, case, keep_logits_bytes):
     hidden, weight, labels = make_inputs(dtype, **SIZES)
     token_weights = token_weight_cases(96, 2)[case]
     exact_inputs = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
-    exact_nll = reference_nll(*exact_inputs, labels, 509)
+    exact_nll = reference_nll(exact_inputs[0], exact_inputs[1], labels, 509)
     exact = exact_nll, *gradients(exact_nll, token_weights, *exact_inputs)
     hidden, weight = (tensor.detach().cuda().requires_grad_() for tensor in (hidden, weight))
     options = {"vocab_size": 509, "chunk_tokens": 50, "tile_entries": 200, "keep_logits_bytes": keep_logits_bytes}
