@@ -1,14 +1,8 @@
-"""The loss on one rank, against full logits. Parallel ranks: test_losses_parallel.py."""
-
-import weakref
+"""The loss on one rank, against full logits. Its cost: test_losses_cost.py. Parallel ranks: test_losses_parallel.py."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_tw.losses import linear_cross_entropy, vocab_parallel_cross_entropy
 
@@ -115,43 +109,6 @@ def test_only_the_gradient_that_is_wanted():
     torch.testing.assert_close(torch.autograd.grad(nll.sum(), hidden)[0], full[0])
 
 
-def addmm_flops(_, left, right, *, out_shape=None, **kwargs):
-    """FLOPs of an in-place addmm_, which torch's counter leaves out, from the shapes of its matrices."""
-    return 2 * left[0] * left[1] * right[1]
-
-
-def count_flops():
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops})
-
-
-@pytest.mark.parametrize("keep_logits_bytes", [0, 1 << 20])
-@pytest.mark.parametrize(("case", "rows"), [("random", None), ("one row", 1), ("all zero", 0)])
-def test_backward_works_only_on_rows_with_a_gradient(case, rows, keep_logits_bytes):
-    hidden, weight, labels = make_inputs()
-    labels[labels == -100] = 0
-    options = {"vocab_size": VOCAB, "tile_entries": 3, "keep_logits_bytes": keep_logits_bytes}
-    nll = linear_cross_entropy(hidden, weight, labels, **options)
-    with count_flops() as counter:
-        hidden_grad, weight_grad = gradients(nll, token_weight_cases(SEQ, BATCH)[case], hidden, weight)
-    rows = SEQ * BATCH if rows is None else rows
-    gemms = 2 if keep_logits_bytes else 3  # logits again, unless they were kept, and two gradients
-    assert counter.get_total_flops() == gemms * 2 * rows * HIDDEN * VOCAB
-    assert hidden_grad.shape == hidden.shape
-    assert weight_grad.shape == weight.shape
-    if rows == 0:
-        assert (hidden_grad == 0).all()
-        assert (weight_grad == 0).all()
-
-
-def test_forward_works_only_on_rows_with_a_label():
-    hidden, weight, labels = make_inputs()
-    with count_flops() as counter:
-        linear_cross_entropy(hidden, weight, labels, vocab_size=VOCAB)
-    num_labelled = int((labels != -100).sum())
-    assert 0 < num_labelled < labels.numel()
-    assert counter.get_total_flops() == 2 * num_labelled * HIDDEN * VOCAB
-
-
 def test_a_second_backward_makes_again_what_the_first_has_used_up():
     hidden, weight, labels = make_inputs()
     nll = linear_cross_entropy(hidden, weight, labels, vocab_size=VOCAB, keep_logits_bytes=1 << 20)
@@ -236,118 +193,6 @@ def test_bf16_error_is_not_above_that_of_the_plain_bf16_path(weighted, certain, 
         assert (our - right).norm() <= bound * (their - right).norm()
 
 
-def saved_tensors(*inputs, **options):
-    """What the loss of these inputs keeps for backward, beyond the inputs."""
-    live: list[torch.Tensor] = []
-
-    def pack(tensor):
-        live.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
-        nll = linear_cross_entropy(*inputs, **options)
-    kept = [tensor for chunk in getattr(nll.grad_fn, "kept_chunks", []) for tile in chunk.kept for tensor in tile]
-    pointers = {tensor.data_ptr() for tensor in inputs}
-    return [tensor for tensor in live if tensor.data_ptr() not in pointers], kept
-
-
-def test_under_no_grad_nothing_is_saved():
-    hidden, weight, labels = make_inputs()
-    with torch.no_grad():
-        assert saved_tensors(hidden, weight, labels, vocab_size=VOCAB, keep_logits_bytes=1 << 20) == ([], [])
-        nll = linear_cross_entropy(hidden, weight, labels, vocab_size=VOCAB)
-    assert not nll.requires_grad
-
-
-def test_saves_hidden_weight_labels_and_two_numbers_a_token():
-    saved, kept = saved_tensors(*make_inputs(), vocab_size=VOCAB)
-    assert [tensor.numel() for tensor in saved] == [SEQ * BATCH, SEQ * BATCH]  # log-sum-exp and the label's logit
-    assert kept == []
-
-
-def test_keeps_logits_of_as_many_tokens_as_fit():
-    hidden, weight, labels = make_inputs()
-    options = {"vocab_size": VOCAB, "chunk_tokens": 4, "keep_logits_bytes": 10 * ROW_BYTES + 1}
-    _, kept = saved_tensors(hidden, weight, labels, **options)
-    assert [tuple(tensor.shape) for tensor in kept] == [(4, 7), (4,), (4, 7), (4,), (2, 7), (2,)]
-
-
-def test_autocast_and_recompute():
-    hidden, weight, labels = make_inputs(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        nll = linear_cross_entropy(hidden, weight, labels, vocab_size=VOCAB)
-        cast = gradients(nll, 1.0, hidden, weight)
-    assert nll.dtype == torch.float32
-    assert [grad.dtype for grad in cast] == [torch.float32, torch.float32]
-    low_hidden, low_weight = (tensor.detach().bfloat16().requires_grad_() for tensor in (hidden, weight))
-    low_nll = linear_cross_entropy(low_hidden, low_weight, labels, vocab_size=VOCAB)
-    assert torch.equal(nll, low_nll)
-    for ours, theirs in zip(cast, gradients(low_nll, 1.0, low_hidden, low_weight), strict=True):
-        assert torch.equal(ours.bfloat16(), theirs)
-    plain = linear_cross_entropy(hidden, weight, labels, vocab_size=VOCAB)
-    again = checkpoint(linear_cross_entropy, hidden, weight, labels, vocab_size=VOCAB, use_reentrant=False)
-    assert torch.equal(again, plain)
-    for ours, theirs in zip(gradients(again, 1.0, hidden, weight), gradients(plain, 1.0, hidden, weight), strict=True):
-        assert torch.equal(ours, theirs)
-
-
-def add_main_grad(weight, dtype):
-    """What Megatron's DistributedDataParallel puts on a parameter, and its hook (distributed_data_parallel.py)."""
-    weight.main_grad = torch.ones(weight.shape, dtype=dtype)
-    weight.grad_added_to_main_grad = False
-    seen = []
-
-    def hook(*_):
-        seen.append(weight.grad)
-        if weight.grad is not None and (not weight.grad_added_to_main_grad or getattr(weight, "zero_out_wgrad", False)):
-            weight.main_grad.add_(weight.grad)
-        weight.grad = None
-
-    weight.grad_accumulator = weight.expand_as(weight).grad_fn.next_functions[0][0]
-    weight.grad_accumulator.register_hook(hook)
-    return seen
-
-
-@pytest.mark.parametrize("main_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", ["a third is zero", "all zero"])
-def test_weight_gradient_goes_into_main_grad(main_dtype, case):
-    hidden, weight, labels = make_inputs(torch.float32)
-    token_weights = token_weight_cases(SEQ, BATCH)[case].float()
-    expected = 1 + 2 * gradients(reference_nll(hidden, weight, labels), token_weights, hidden, weight)[1]
-    seen = add_main_grad(weight, main_dtype)
-    for _ in range(2):  # two micro-batches
-        nll = linear_cross_entropy(hidden, weight, labels, vocab_size=VOCAB, chunk_tokens=7)
-        (nll * token_weights).sum().backward()
-    tolerance = 1e-5 if main_dtype == torch.float32 else 2e-2  # two roundings to 8 bits
-    torch.testing.assert_close(weight.main_grad.float(), expected, rtol=tolerance, atol=tolerance)
-    assert weight.grad_added_to_main_grad
-    assert len(seen) == 2
-    assert all(grad is not None for grad in seen), "Megatron's overlapped reduction refuses a missing gradient"
-
-
-@pytest.mark.parametrize("case", ["random", "all zero"])
-def test_tied_embeddings(case):
-    """The embedding's gradient comes by autograd, the output layer's by main_grad: both must arrive, once."""
-    _, weight, labels = make_inputs(torch.float32)
-    ids = labels.clamp(min=0)
-    token_weights = token_weight_cases(SEQ, BATCH)[case].float()
-    nll = reference_nll(F.embedding(ids, weight), weight, labels)
-    expected = 1 + torch.autograd.grad((nll * token_weights).sum(), weight)[0]
-    add_main_grad(weight, torch.float32)
-    weight.zero_out_wgrad = True  # as Megatron's LanguageModule marks a tied embedding
-    nll = linear_cross_entropy(F.embedding(ids, weight), weight, labels, vocab_size=VOCAB)
-    (nll * token_weights).sum().backward()
-    torch.testing.assert_close(weight.main_grad, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_tied_embeddings_without_main_grad():
-    _, weight, labels = make_inputs()
-    ids = labels.clamp(min=0)
-    expected = torch.autograd.grad(reference_nll(F.embedding(ids, weight), weight, labels).sum(), weight)
-    nll = linear_cross_entropy(F.embedding(ids, weight), weight, labels, vocab_size=VOCAB)
-    torch.testing.assert_close(torch.autograd.grad(nll.sum(), weight), expected)
-
-
 @pytest.mark.parametrize("bad_label", [VOCAB, -1, -101, 2**40])
 def test_label_out_of_range_is_an_error(bad_label):
     hidden, weight, labels = make_inputs()
@@ -389,38 +234,3 @@ def test_extreme_logits_stay_finite():
     assert nll.item() == 600.0
     hidden_grad, _ = gradients(nll, 1.0, hidden, weight)
     assert hidden_grad.flatten().tolist() == [1.0, -1.0]
-
-
-class AllocatedBytes(TorchDispatchMode):
-    """Bytes of the tensors made under this mode that are alive at a time, counted once for each storage."""
-
-    def __init__(self):
-        super().__init__()
-        self.live: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        known = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if torch.is_tensor(tensor)}
-        for tensor in tree_leaves(result):
-            if torch.is_tensor(tensor) and tensor.untyped_storage()._cdata not in known | self.live.keys():
-                storage = tensor.untyped_storage()
-                self.live[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.live.pop, storage._cdata, None)
-        self.peak = max(self.peak, sum(self.live.values()))
-        return result
-
-
-@pytest.mark.parametrize("kappa", [1.0, 0.2])
-def test_memory_grows_by_at_most_64_bytes_a_token(kappa):
-    """Beyond hidden states and their gradient: no logits, nothing of the hidden size."""
-    width, peaks = 16, []
-    for tokens in (4096, 65536):
-        hidden, weight, labels = make_inputs(torch.float32, tokens, 1, width, 64, 64)
-        token_weights = (torch.rand(tokens, 1, generator=torch.Generator().manual_seed(1)) < kappa).float()
-        with AllocatedBytes() as allocated:
-            nll = linear_cross_entropy(hidden, weight, labels)
-            gradients(nll, token_weights, hidden, weight)
-        assert allocated.peak > tokens * width * 4  # the gradient of hidden is counted
-        peaks.append(allocated.peak - tokens * width * 4)
-    assert peaks[1] - peaks[0] <= 64 * (65536 - 4096)
