@@ -28,12 +28,12 @@ if [ "$size" = full ]; then
     corpus_bytes=12000000 vocab=1024 hidden=128 layers=2       # the model
     n=128 base_rows=16 base_steps=1100                         # base training: rows of n tokens, rows a step, steps
     N=512 stride=96 rows=8 steps=100 lr=2e-3 rope=100000       # extension; stride of the short windows
-    eval_rows=320 eval_stride=64                               # evaluation
+    eval_rows=320 eval_stride=64 eval_ranks=2                  # evaluation
 else
     corpus_bytes=1000000 vocab=512 hidden=64 layers=2
     n=64 base_rows=16 base_steps=30
     N=256 stride=48 rows=4 steps=4 lr=1e-3 rope=100000
-    eval_rows=8 eval_stride=32
+    eval_rows=8 eval_stride=32 eval_ranks=1
 fi
 
 source "$root/tools/setup_env.sh"
@@ -98,8 +98,8 @@ extend sparse --weighting sparse --sparsification 0.2 "${scorer[@]}"
 
 evaluate() { # evaluate NAME
     stage "evaluation/$1" "Evaluation on held-out files: $1" \
-        "${launch[@]}" 2 tools/evaluate.py --load "$output/train/$1/run" --data-path "$output/rows/heldout" --seq-length $N \
-        --short-window $n --short-stride $eval_stride --context-parallel-size 2 --micro-batch-size 4 \
+        "${launch[@]}" $eval_ranks tools/evaluate.py --load "$output/train/$1/run" --data-path "$output/rows/heldout" --seq-length $N \
+        --short-window $n --short-stride $eval_stride --context-parallel-size $eval_ranks --micro-batch-size 4 \
         --eval-rows $eval_rows --output "$output/evaluation/$1"
 }
 for name in base uniform dense sparse; do evaluate $name; done
