@@ -26,9 +26,9 @@ done
 
 if [ "$size" = full ]; then
     corpus_bytes=12000000 vocab=1024 hidden=128 layers=2       # the model
-    n=128 base_rows=16 base_steps=1100                         # base training: rows of n tokens, rows a step, steps
+    n=128 base_rows=16 base_steps=850                          # base training: rows of n tokens, rows a step, steps
     N=512 stride=96 rows=8 steps=100 lr=2e-3 rope=100000       # extension; stride of the short windows
-    eval_rows=320 eval_stride=64 eval_ranks=2                  # evaluation
+    eval_rows=200 eval_stride=64 eval_ranks=2                  # evaluation
 else
     corpus_bytes=1000000 vocab=512 hidden=64 layers=2
     n=64 base_rows=16 base_steps=30
