@@ -135,6 +135,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"bos_id": -1}, "--bos-id: expected 0 or more"),
     ({"make_vocab_size_divisible_by": 0}, "--make-vocab-size-divisible-by: expected 1 or more"),
     ({"loss_chunk_tokens": 0}, "--loss-chunk-tokens: expected 1 or more"),
+    ({"loss_keep_logits_mib": -1}, "--loss-keep-logits-mib: expected 0 or more"),
     ({"log_interval": 0}, "--log-interval: expected 1 or more"),
     ({"rotary_base": 0.0}, "--rotary-base: expected more than 0"),
 ]

@@ -37,6 +37,7 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
     _at_least(0, seed=config.train.seed, bos_id=config.data.bos_id)
     _at_least(1, make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by)
     _at_least(1, loss_chunk_tokens=config.model.loss_chunk_tokens, log_interval=config.logging.log_interval)
+    _at_least(0, loss_keep_logits_mib=config.model.loss_keep_logits_mib)
     _above(0, rotary_base=config.model.rotary_base)
     _require(
         config.model.transformer_impl != "local" or config.parallel.cp_comm_type == "p2p",

@@ -78,6 +78,10 @@ class ModelConfig:
     GPU)."""
     loss_chunk_tokens: int | None = None
     """Tokens whose logits exist at once in the loss (null: chosen from the vocabulary size)."""
+    loss_keep_logits_mib: int | None = None
+    """MiB in which the loss keeps logits from forward to backward instead of making them again; tokens kept = MiB x
+    2^20 /
+    (padded vocabulary / TP x bytes of a number). (null: 1024, and 0 where weights are sparse)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,7 @@ def build_model(
             post_process=layout.is_last_stage and vp_stage == (layout.vpp_size or 1) - 1,
             vp_stage=stage,
             loss_chunk_tokens=model.loss_chunk_tokens,
+            loss_keep_logits_bytes=(model.loss_keep_logits_mib or 0) << 20,
         )
         chunks.append(chunk.to(device.device))
     return chunks

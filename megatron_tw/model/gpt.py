@@ -43,6 +43,7 @@ class TokenWeightedGPT(GPTModel):
         post_process: bool,
         vp_stage: int | None,
         loss_chunk_tokens: int | None,
+        loss_keep_logits_bytes: int,
     ) -> None:
         super().__init__(
             config=config,
@@ -58,6 +59,7 @@ class TokenWeightedGPT(GPTModel):
         self.architecture = architecture
         self.layout = layout
         self.loss_chunk_tokens = loss_chunk_tokens
+        self.loss_keep_logits_bytes = loss_keep_logits_bytes
         self.rotary_pos_emb = ShardedRotaryEmbedding(
             rotary_embedding(architecture).inv_freq, torch.device(torch.cuda.current_device())
         )
@@ -84,6 +86,7 @@ class TokenWeightedGPT(GPTModel):
             sequence_parallel=self.config.sequence_parallel,
             vocab_size=self.architecture.vocab_size,
             chunk_tokens=self.loss_chunk_tokens,
+            keep_logits_bytes=self.loss_keep_logits_bytes,
         )
 
 

@@ -1,6 +1,6 @@
 """A training run from its options to its last checkpoint."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,12 @@ class Run:
         """Build the model, fill it from the checkpoint or the Hugging Face folder, make optimizer, scorer and
         loader."""
         source = inputs.source
-        chunks = build_model(source.architecture, config.parallel, config.model, layout, device)
+        model_options = config.model
+        if model_options.loss_keep_logits_mib is None:
+            # Forward cannot know which few targets sparse weights will choose; dense ones want every logit again.
+            sparse = any(getattr(stage.scheme, "sparsification", None) for stage in inputs.schedule.stages)
+            model_options = replace(model_options, loss_keep_logits_mib=0 if sparse else 1024)
+        chunks = build_model(source.architecture, config.parallel, model_options, layout, device)
         if source.saved is None:
             source.fill(chunks, layout)
         model = wrap_for_training(chunks, config)
