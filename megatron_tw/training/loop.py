@@ -108,7 +108,9 @@ class Run:
         model_options = config.model
         if model_options.loss_keep_logits_mib is None:
             # Forward cannot know which few targets sparse weights will choose; dense ones want every logit again.
-            sparse = any(getattr(stage.scheme, "sparsification", None) for stage in inputs.schedule.stages)
+            sparse = any(
+                (getattr(stage.scheme, "sparsification", None) or 1.0) < 1.0 for stage in inputs.schedule.stages
+            )
             model_options = replace(model_options, loss_keep_logits_mib=0 if sparse else 1024)
         chunks = build_model(source.architecture, config.parallel, model_options, layout, device)
         if source.saved is None:
