@@ -5,8 +5,7 @@ import warnings
 __version__ = "0.1.0"
 
 # Megatron-Core says these once per module and rank; nobody who runs it can do anything about them. Transformer Engine
-# and Apex
-# are optional here.
+# and Apex are optional here.
 for _message in (
     ".*Apex (is|are) not installed.*",
     "full scope is deprecated",

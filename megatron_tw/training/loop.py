@@ -34,8 +34,7 @@ class Inputs:
 
 def train(config: RunConfig) -> "Run":
     """Run `config` to --train-iters (or --exit-interval), resuming from --load, and return the run. Called on every
-    rank of the
-    launcher's world.
+    rank of the launcher's world.
 
     Raises:
         ValueError: bad options or files, named; before anything is allocated.
