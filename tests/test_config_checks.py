@@ -73,13 +73,17 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"weighting": "dense"}, "--short-window: --weighting dense needs"),
     ({"weighting": "custom"}, "--short-window: --weighting custom needs"),
     ({"short_stride": 3}, "--short-stride: expected --short-window"),
-    (WINDOW | {"short_window": 1}, "--short-window: expected 2 or more"),
-    (WINDOW | {"short_window": 257}, "--short-window: expected at most --seq-length 256, got 257"),
-    (WINDOW | {"short_stride": 65}, "--short-stride: expected at most --short-window 64, got 65"),
+    (WINDOW | {"short_window": 1}, "--short-window: expected 2 to 256, the tokens of a row, got 1"),
+    (WINDOW | {"short_window": 257}, "--short-window: expected 2 to 256, the tokens of a row, got 257"),
+    (
+        WINDOW | {"short_stride": 65},
+        "--short-stride: expected at most 48, got 65, which leaves some targets a context of 0 tokens",
+    ),
     (WINDOW | {"short_stride": 0}, "--short-stride: expected 1 or more, got 0"),
     (WINDOW | {"short_stride": 49}, "--short-stride: expected at most 48, got 49, which leaves"),
     (WINDOW | {"short_stride": 48, "min_short_context": 17}, "--short-stride: expected at most 47, got 48"),
-    (WINDOW | {"min_short_context": 0}, "--min-short-context: expected 1 or more"),
+    (WINDOW | {"min_short_context": 0}, "--min-short-context: expected 1 to 63 (less than --short-window 64), got 0"),
+    (WINDOW | {"min_short_context": 64}, "--min-short-context: expected 1 to 63"),
     (WINDOW | {"scoring_micro_batch": 0}, "--scoring-micro-batch: expected 1 or more"),
     (
         {"scorer": "ema", "overlap_param_gather": True, "overlap_grad_reduce": True},
@@ -189,7 +193,11 @@ BAD_FOR_MODEL: list[tuple[dict[str, Any], dict[str, int], str]] = [
         {},
         "--tensor-model-parallel-size: expected a divisor of the model's 4 atten",
     ),
-    ({"tensor_model_parallel_size": 4}, {}, "divisor of the model's 2 key-value heads, got 4"),
+    (
+        {"tensor_model_parallel_size": 4},
+        {"num_attention_heads": 12, "num_query_groups": 3},
+        "divisor or a multiple of the model's 3 key-value heads, got 4",
+    ),
     ({"tensor_model_parallel_size": 2}, {"ffn_hidden_size": 65}, "divisor of the model's 65 MLP columns, got 2"),
     (
         {"pipeline_model_parallel_size": 3},
@@ -282,9 +290,16 @@ def test_published_strides() -> None:
     assert ScorerConfig(short_window=8192).stride(131072) == 6144  # published: 7680, which leaves 512 tokens of context
     assert ScorerConfig(short_window=8192, min_short_context=512).stride(131072) == 7680
     assert ScorerConfig(short_window=2048, min_short_context=128).stride(32768) == 1920  # Phi-2
+    assert ScorerConfig(short_window=2048).stride(32768) == 1536  # n/4 = 512 tokens of context are the default
     assert ScorerConfig(short_window=64).stride(256) == 48
+    assert ScorerConfig(short_window=64).stride(64) == 1  # no window to place
+    for seq_length in range(16, 200, 7):
+        for window in (2, 3, 16):
+            check_windows(ScorerConfig(short_window=window), seq_length)
     with pytest.raises(ValueError, match="--short-stride: expected at most 1536, got 1920"):
         check_windows(ScorerConfig(short_window=2048, short_stride=1920), 32768)
+    with pytest.raises(ValueError, match=r"context of 512 tokens; .*here 2048.*ragged last window: 6144, 5120, 4096$"):
+        check_windows(ScorerConfig(short_window=8192, short_stride=7680), 131072)
 
 
 def test_decay_ends_after_the_warm_up() -> None:

@@ -29,6 +29,7 @@ LAYOUTS = [
     Axes(pp=2, cp=2),
     Axes(cp=4),
     Axes(tp=2, pp=2),
+    Axes(tp=4),  # more ranks than key-value heads
 ]
 each_layout = pytest.mark.parametrize("axes", LAYOUTS, ids=lambda axes: axes.name)
 
@@ -162,7 +163,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "axes",
-    [Axes(), Axes(tp=2), Axes(pp=2, vpp_layers=1), Axes(tp=2, pp=2), Axes(tp=2, cp=2)],
+    [Axes(), Axes(tp=2), Axes(pp=2, vpp_layers=1), Axes(tp=2, pp=2), Axes(tp=2, cp=2), Axes(tp=4)],
     ids=lambda axes: axes.name,
 )
 @pytest.mark.parametrize("variant", ["tiny", "tied", "sharded"])

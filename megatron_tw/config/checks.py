@@ -132,22 +132,23 @@ def check_seq_length(parallel: ParallelConfig, seq_length: int) -> None:
 
 def check_windows(scorer: ScorerConfig, seq_length: int) -> None:
     """The short windows of a row of `seq_length` tokens. Needs `short_window`."""
-    window = scorer.short_window
+    window, least = scorer.short_window, scorer.least_context
     assert window is not None
-    _at_least(2, short_window=window)
-    _at_least(
-        1,
-        short_stride=scorer.short_stride,
-        min_short_context=scorer.min_short_context,
-        scoring_micro_batch=scorer.scoring_micro_batch,
-    )
-    _require(window <= seq_length, f"--short-window: expected at most --seq-length {seq_length}, got {window}")
-    stride = scorer.stride(seq_length)
-    _require(stride <= window, f"--short-stride: expected at most --short-window {window}, got {stride}")
+    _at_least(1, short_stride=scorer.short_stride, scoring_micro_batch=scorer.scoring_micro_batch)
     _require(
-        window - stride >= scorer.least_context,
-        f"--short-stride: expected at most {window - scorer.least_context}, got {stride}, which leaves some targets a "
-        f"context of {window - stride} tokens; --min-short-context, here {scorer.least_context}, says how few may be",
+        2 <= window <= seq_length, f"--short-window: expected 2 to {seq_length}, the tokens of a row, got {window}"
+    )
+    _require(
+        1 <= least < window,
+        f"--min-short-context: expected 1 to {window - 1} (less than --short-window {window}), got {least}",
+    )
+    stride, largest = scorer.stride(seq_length), window - least
+    even = [fit for fit in range(largest, 0, -1) if (seq_length - window) % fit == 0][:3]
+    _require(
+        stride <= largest,
+        f"--short-stride: expected at most {largest}, got {stride}, which leaves some targets a context of "
+        f"{max(0, window - stride)} tokens; --min-short-context, here {least}, says how few may be. Strides without a "
+        f"ragged last window: {', '.join(map(str, even))}",
     )
 
 
@@ -241,13 +242,17 @@ def check_model_shape(
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     for what, count in (
         ("attention heads", num_attention_heads),
-        ("key-value heads", num_query_groups),
         ("MLP columns", ffn_hidden_size),
     ):
         _require(
             count is None or count % tensor == 0,
             f"--tensor-model-parallel-size: expected a divisor of the model's {count} {what}, got {tensor}",
         )
+    _require(
+        num_query_groups % tensor == 0 or tensor % num_query_groups == 0,
+        f"--tensor-model-parallel-size: expected a divisor or a multiple of the model's {num_query_groups} key-value "
+        f"heads, got {tensor}",
+    )
     _require(
         num_layers % pipeline == 0,
         f"--pipeline-model-parallel-size: expected a divisor of the model's {num_layers} layers, got {pipeline}",
@@ -262,11 +267,11 @@ def check_model_shape(
         sizes = parallel.hierarchical_context_parallel_sizes
         ranks = sizes[0] if sizes is not None else parallel.context_parallel_size
         for what, count in (("attention heads", num_attention_heads), ("key-value heads", num_query_groups)):
+            per_rank = max(1, count // tensor)  # a key-value head is had by several ranks where there are more of these
             _require(
-                (count // tensor) % ranks == 0,
-                f"--cp-comm-type {parallel.cp_comm_type}: shares the {count // tensor} {what} of a TP rank among "
-                f"{ranks} ranks, "
-                f"expected a divisor of {count // tensor}",
+                per_rank % ranks == 0,
+                f"--cp-comm-type {parallel.cp_comm_type}: shares the {per_rank} {what} of a TP rank among {ranks} "
+                f"ranks, expected a divisor of {per_rank}",
             )
 
 

@@ -211,7 +211,7 @@ class ScorerConfig:
     def least_context(self) -> int:
         """`min_short_context` with its default filled in, in tokens. Needs `short_window`."""
         assert self.short_window is not None
-        return self.short_window // 4 if self.min_short_context is None else self.min_short_context
+        return max(1, self.short_window // 4) if self.min_short_context is None else self.min_short_context
 
     def stride(self, seq_length: int) -> int:
         """`short_stride` with its default filled in: s = (1 - n/N) n as published (arXiv 2503.09202), which makes the
@@ -244,7 +244,8 @@ class LoggingConfig:
     tensorboard_dir: str | None = None
     """Folder for TensorBoard (null: tensorboard/ under --save)."""
     log_interval: int = 10
-    """Steps between two lines of the log, where it is no terminal (a terminal shows a progress bar)."""
+    """Steps between two reports by position in metrics.jsonl and TensorBoard, and between two lines of the log where it
+    is no terminal (a terminal shows a progress bar)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,8 @@ tensor-parallel rank slices them. Import reads just those slices from the safete
 backwards. Both are bit-exact.
 
 A fused QKV weight holds, for each key-value head, the rows of its query heads, then its key rows, then its value
-rows; a rank owns whole key-value heads. A fused gate/up weight holds the rank's gate rows, then its up rows.
+rows; a rank owns an equal share of all these rows, which is part of one head's where there are more ranks than
+key-value heads. A fused gate/up weight holds the rank's gate rows, then its up rows.
 """
 
 import json
@@ -154,13 +155,17 @@ def import_parameter(
         return torch.cat(
             [read(f"{prefix}mlp.{x}_proj.weight", 0, tp.rank * rows, (tp.rank + 1) * rows) for x in ("gate", "up")]
         )
-    groups = a.num_query_groups // tp.size
+    # Whole groups that this rank has a part of: several, or one of which it has some rows.
+    first, last = tp.rank * a.num_query_groups // tp.size, -(-(tp.rank + 1) * a.num_query_groups // tp.size)
     parts = []
     for x, heads in (("q", a.num_attention_heads // a.num_query_groups), ("k", 1), ("v", 1)):
-        rows = groups * heads * a.head_dim
-        part = read(f"{prefix}self_attn.{x}_proj.weight", 0, tp.rank * rows, (tp.rank + 1) * rows)
-        parts.append(part.reshape(groups, heads * a.head_dim, a.hidden_size))
-    return torch.cat(parts, dim=1).reshape(-1, a.hidden_size)
+        per_group = heads * a.head_dim
+        part = read(f"{prefix}self_attn.{x}_proj.weight", 0, first * per_group, last * per_group)
+        parts.append(part.reshape(last - first, per_group, a.hidden_size))
+    groups = torch.cat(parts, dim=1)
+    rows = a.num_query_groups * groups.shape[1] // tp.size
+    start = tp.rank * rows - first * groups.shape[1]
+    return groups.reshape(-1, a.hidden_size)[start : start + rows]
 
 
 def export_parameter(

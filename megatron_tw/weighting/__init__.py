@@ -3,7 +3,7 @@
 from megatron_tw.weighting.config import PRESETS, ExactConfig, Weighting, WeightingConfig
 from megatron_tw.weighting.schedule import WeightingSchedule, parse_schedule
 from megatron_tw.weighting.weights import check_finite, token_weights, unfrozen_short_nll
-from megatron_tw.weighting.windows import Window, check_stride, default_stride, plan_windows
+from megatron_tw.weighting.windows import Window, plan_windows
 
 __all__ = [
     "PRESETS",
@@ -13,8 +13,6 @@ __all__ = [
     "WeightingSchedule",
     "Window",
     "check_finite",
-    "check_stride",
-    "default_stride",
     "parse_schedule",
     "plan_windows",
     "token_weights",

@@ -46,7 +46,8 @@ def plan_windows(seq_length: int, window: int, stride: int, *, include_first: bo
     Raises:
         ValueError: window longer than the row, or stride outside 1 .. n - 1.
     """
-    _check_window(seq_length, window)
+    if not 2 <= window <= seq_length:
+        raise ValueError(f"--short-window: expected 2 to {seq_length}, the tokens of a row, got {window}")
     if not 1 <= stride < window:
         raise ValueError(
             f"--short-stride: expected 1 to {window - 1} (below --short-window {window}: targets need context), "
@@ -57,52 +58,3 @@ def plan_windows(seq_length: int, window: int, stride: int, *, include_first: bo
         last_target = min(first_target + stride, seq_length) - 1
         windows.append(Window(last_target + 1 - window, window, first_target, last_target))
     return tuple(windows)
-
-
-def default_stride(seq_length: int, window: int, min_context: int | None = None) -> int:
-    """The paper's stride (1 - n/N) * n, rounded down, where it leaves `min_context` tokens; else the largest that does.
-
-    `min_context` is in tokens; None: n // 4.
-
-    >>> default_stride(32768, 8192), default_stride(131072, 8192)  # the second would be 7680, with contexts down to 512
-    (6144, 6144)
-    """
-    least = _least_context(seq_length, window, min_context)
-    paper = (seq_length - window) * window // seq_length
-    return max(1, min(paper, window - least))
-
-
-def check_stride(seq_length: int, window: int, stride: int, min_context: int | None = None) -> None:
-    """Raises a ValueError, naming strides that fit, if targets beyond `window` would see less than `min_context`.
-
-    >>> check_stride(131072, 8192, 7680)
-    Traceback (most recent call last):
-    ValueError: --short-stride: 7680 leaves targets beyond --short-window 8192 as few as 512 tokens of context, \
---min-short-context asks for 2048. Strides up to 6144 fit; without a ragged last window: 6144, 5120, 4096
-    """
-    plan_windows(seq_length, window, stride, include_first=False)
-    least = _least_context(seq_length, window, min_context)
-    if seq_length == window or window - stride >= least:
-        return
-    largest = window - least
-    even = [fit for fit in range(largest, 0, -1) if (seq_length - window) % fit == 0][:3]
-    raise ValueError(
-        f"--short-stride: {stride} leaves targets beyond --short-window {window} as few as {window - stride} tokens of "
-        f"context, --min-short-context asks for {least}. Strides up to {largest} fit; without a ragged last window: "
-        f"{', '.join(map(str, even))}"
-    )
-
-
-def _check_window(seq_length: int, window: int) -> None:
-    if not 2 <= window <= seq_length:
-        raise ValueError(f"--short-window: expected 2 to --seq-length {seq_length}, got {window}")
-
-
-def _least_context(seq_length: int, window: int, min_context: int | None) -> int:
-    _check_window(seq_length, window)
-    least = max(1, window // 4) if min_context is None else min_context
-    if not 1 <= least < window:
-        raise ValueError(
-            f"--min-short-context: expected 1 to {window - 1} (--short-window {window} less 1), got {least}"
-        )
-    return least
