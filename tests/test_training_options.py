@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,14 @@ import torch
 from test_training import DENSE, METRICS, RELATIVE, metrics_of, options, reference_data, run_all, run_steps
 from tiny import BOS, SEQ_LENGTH, STRIDE, TINY_LLAMA, VOCAB, WINDOW, Axes
 
-from megatron_tw.config import CheckpointConfig, ModelConfig, OptimizationConfig, TrainConfig, WeightingOptions
+from megatron_tw.config import (
+    CheckpointConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizationConfig,
+    TrainConfig,
+    WeightingOptions,
+)
 
 __all__ = ["reference_data"]  # a fixture of test_training
 STEPS = 4
@@ -114,6 +122,38 @@ def test_a_schedule_moves_from_uniform_to_dense(ranks, reference_data):
     assert moved["weight_std"][:2] == [0.0, 0.0]
     assert all(std > 0 for std in moved["weight_std"][2:])
     assert moved["lm_loss"][:3] == uniform["lm_loss"][:3]
+
+
+def test_losses_by_position_at_intervals(ranks, reference_data, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def lines(axes: Axes) -> list[dict[str, Any]]:
+        save = tmp_path / axes.name
+        config = options(
+            axes,
+            reference_data,
+            weighting=DENSE,
+            train=TrainConfig(train_iters=5, global_batch_size=2),
+            checkpoint=CheckpointConfig(save=str(save)),
+            logging=LoggingConfig(log_interval=2),
+        )
+        ranks(axes.world_size).run(run_all, [config])
+        return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+
+    alone, sharded = lines(Axes()), lines(Axes(pp=2, cp=2))
+    for steps in (alone, sharded):
+        assert ["by_position" in step for step in steps] == [False, True, False, True, True]
+    for one, other in zip(alone[1::2], sharded[1::2], strict=True):
+        assert [bucket["first"] for bucket in one["by_position"]] == [1, 32, 64, 128]
+        for name in ("lm_loss", "short_lm_loss", "weight_mean"):
+            ours, theirs = ([bucket[name] for bucket in step["by_position"]] for step in (one, other))
+            np.testing.assert_allclose(ours, theirs, rtol=RELATIVE)
+            counts = [bucket["targets"] for bucket in one["by_position"]]
+            assert np.average(ours, weights=counts) == pytest.approx(one[name], rel=1e-9)
+    events = EventAccumulator(str(tmp_path / Axes().name / "tensorboard")).Reload()
+    recorded = {event.step: event.value for event in events.Scalars("lm_loss_by_position/128-255")}
+    last_buckets = {step["iteration"]: step["by_position"][-1] for step in alone if "by_position" in step}
+    assert recorded == pytest.approx({step: bucket["lm_loss"] for step, bucket in last_buckets.items()})
 
 
 def test_the_command_itself(reference, reference_data, tmp_path):

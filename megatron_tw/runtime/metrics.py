@@ -46,13 +46,19 @@ class MetricsLog:
         )
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """Record one step. `metrics` holds `iteration` and numbers."""
+        """Record one step. `metrics` holds `iteration`, numbers, and perhaps `by_position`, a list of dicts with the
+        `first` and `last` position of a bucket and numbers."""
         if self._file is not None:
             self._file.write(json.dumps(metrics) + "\n")
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 if name != "iteration" and isinstance(value, int | float):
                     self._tensorboard.add_scalar(name, value, metrics["iteration"])
+            for bucket in metrics.get("by_position", ()):
+                for name in bucket.keys() - {"first", "last", "targets"}:
+                    if bucket[name] is not None:
+                        tag = f"{name}_by_position/{bucket['first']}-{bucket['last']}"
+                        self._tensorboard.add_scalar(tag, bucket[name], metrics["iteration"])
         figures = (
             f"weighted {metrics['weighted_loss']:.4f}, lm {metrics['lm_loss']:.4f}, grad {metrics['grad_norm']:.3f}, "
             f"{metrics['tokens_per_second']:,.0f} tok/s"

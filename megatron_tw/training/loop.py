@@ -15,6 +15,7 @@ from megatron_tw.runtime.checkpoint import RunState, check_save_target, save_che
 from megatron_tw.runtime.metrics import MetricsLog
 from megatron_tw.runtime.optimizer import make_optimizer, make_scheduler, wrap_for_training
 from megatron_tw.runtime.source import ModelSource, open_source
+from megatron_tw.training.report import StepReport
 from megatron_tw.training.scorers import make_scorer, open_scores
 from megatron_tw.training.step import TrainingStep
 from megatron_tw.weighting.options import schedule_from_options
@@ -152,7 +153,9 @@ class Run:
             device=device,
             schedule=inputs.schedule,
             scorer=scorer,
-            window=config.scorer.short_window if inputs.schedule.needs_scorer else None,
+            report=StepReport.of_rows(
+                config.data.seq_length, config.scorer.short_window or source.architecture.max_position_embeddings
+            ),
             seed=config.train.seed,
         )
         return Run(
@@ -213,8 +216,10 @@ class Run:
         log.say(f"{self.layout.describe()}, {len(self.inputs.rows)} rows of {config.data.seq_length} tokens")
         return log
 
-    def _with_run_metrics(self, metrics: dict[str, float]) -> dict[str, Any]:
-        tokens = metrics.pop("tokens")
+    def _with_run_metrics(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        tokens, by_position = metrics.pop("tokens"), metrics.pop("by_position")
+        if self.iteration % self.config.logging.log_interval == 0 or self.iteration == self.config.train.train_iters:
+            metrics["by_position"] = by_position
         return {
             "iteration": self.iteration,
             **metrics,

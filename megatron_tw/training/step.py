@@ -27,26 +27,10 @@ from megatron_tw.model.forward import Sequences, call_model, long_sequences, run
 from megatron_tw.parallel.devices import Device, synchronize
 from megatron_tw.parallel.layout import Layout, gather_over_context, same_on_tensor_ranks
 from megatron_tw.parallel.zigzag import zigzag_shard
+from megatron_tw.training.report import StepReport
 from megatron_tw.training.scorers import Scorer
 from megatron_tw.weighting import Weighting, check_finite, token_weights
 from megatron_tw.weighting.schedule import WeightingSchedule
-
-_SUMS = (
-    "weighted_nll",
-    "nll",
-    "targets",
-    "weights",
-    "weight_beyond_window",
-    "zero_weights",
-    "weight_std",
-    "weight_entropy",
-    "effective_targets",
-    "rows",
-    "nonfinite",
-)
-"""What a micro-batch reports, as sums over its targets or rows; summed over micro-batches and data-parallel ranks
-before
-any division."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +47,7 @@ class StepBatch:
 class TrainingStep:
     """The step of one run. Calling it with this rank's micro-batches updates the model and returns the step's metrics.
 
-    window: tokens of the scorer's short window, None for schemes without a scorer.
+    report: what it says of losses and weights.
     """
 
     model: Sequence[DistributedDataParallel]
@@ -73,18 +57,16 @@ class TrainingStep:
     device: Device
     schedule: WeightingSchedule
     scorer: Scorer | None
-    window: int | None
+    report: StepReport
     seed: int
     _seen: list[tuple[StepBatch, Tensor, Tensor | None]] = field(default_factory=list, init=False)
 
-    def __call__(self, batches: Sequence[Batch], iteration: int) -> dict[str, float]:
+    def __call__(self, batches: Sequence[Batch], iteration: int) -> dict[str, Any]:
         """Run the step that `iteration` steps have gone before on `batches`, this data-parallel rank's micro-batches of
         the same size.
 
-        Returns metrics on every rank: weighted_loss, lm_loss (unweighted); of the weights mean, std, entropy (nats,
-        of a row's weights as shares), effective sample size ((sum w)^2 / sum w^2, as a share of the targets), shares of
-        zeros and beyond the old context; grad_norm (before clipping), learning_rate, scoring_seconds, step_seconds,
-        tokens.
+        Returns metrics on every rank: those of `StepReport.metrics`; grad_norm (before clipping), learning_rate,
+        scoring_seconds, step_seconds, tokens.
 
         Raises:
             ValueError: a NaN or infinite NLL, before the optimizer sees it; on every rank.
@@ -94,7 +76,7 @@ class TrainingStep:
         self._seen.clear()
         weighting = self.schedule.at(iteration)
         step_batches = self._prepare(batches, weighting)
-        scored = time.perf_counter()
+        scoring_seconds = time.perf_counter() - started if self.scorer is not None else 0.0
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -107,9 +89,11 @@ class TrainingStep:
             layout=self.layout,
             forward_only=False,
         )
-        sums = self._sum_over_run(reports)
-        if sums["nonfinite"]:
-            self._raise_nonfinite(sums["nonfinite"])
+        scored = self.scorer is not None and weighting.needs_scorer
+        metrics = self.report.metrics(self._sum_over_run(reports), scored=scored)
+        nonfinite, rows = metrics.pop("nonfinite"), metrics.pop("rows")
+        if nonfinite:
+            self._raise_nonfinite(nonfinite)
         learning_rate = self.scheduler.get_lr(self.optimizer.param_groups[0])
         updated, grad_norm, _ = self.optimizer.step()
         if not updated:
@@ -118,20 +102,12 @@ class TrainingStep:
         if self.scorer is not None:
             self.scorer.after_update()
         synchronize()
-        tokens = sums["rows"] * (batches[0].tokens.shape[1])
         return {
-            "weighted_loss": sums["weighted_nll"] / sums["targets"],
-            "lm_loss": sums["nll"] / sums["targets"],
-            "weight_mean": sums["weights"] / sums["targets"],
-            "weight_std": sums["weight_std"] / sums["rows"],
-            "weight_entropy": sums["weight_entropy"] / sums["rows"],
-            "effective_sample_size": sums["effective_targets"] / sums["targets"],
-            "zero_weight_share": sums["zero_weights"] / sums["targets"],
-            "weight_share_beyond_window": sums["weight_beyond_window"] / sums["weights"] if sums["weights"] else 0.0,
+            **metrics,
             "grad_norm": float(grad_norm),
             "learning_rate": learning_rate,
-            "tokens": tokens,
-            "scoring_seconds": scored - started if self.scorer is not None else 0.0,
+            "tokens": rows * batches[0].tokens.shape[1],
+            "scoring_seconds": scoring_seconds,
             "step_seconds": time.perf_counter() - started,
         }
 
@@ -188,31 +164,7 @@ class TrainingStep:
         # A masked target may hold anything: 0 * NaN must not reach the sum.
         loss = (weights_MS * torch.where(valid_MS, nll_MS, 0.0)).sum()
         self._seen.append((batch, long_MT, short_MT))
-        return loss, valid_MS.sum().int(), self._report(batch.valid_MT, long_MT, short_MT, weights_MT)
-
-    def _report(self, valid_MT: Tensor, long_MT: Tensor, short_MT: Tensor | None, weights_MT: Tensor) -> Tensor:
-        """The sums named in _SUMS over whole rows, fp64, without waiting for the device."""
-        finite_MT = long_MT.isfinite() if short_MT is None else long_MT.isfinite() & short_MT.isfinite()
-        long_MT, weights_MT = torch.where(valid_MT, long_MT, 0.0).double(), weights_MT.double()
-        count_M, total_M = valid_MT.sum(1), weights_MT.sum(1)
-        mean_M1 = (total_M / count_M.clamp(min=1))[:, None]
-        variance_M = torch.where(valid_MT, (weights_MT - mean_M1) ** 2, 0.0).sum(1) / (count_M - 1).clamp(min=1)
-        shares_MT = weights_MT / torch.where(total_M == 0, 1.0, total_M)[:, None]
-        squares_M = (shares_MT**2).sum(1)
-        sums = {
-            "weighted_nll": (weights_MT * long_MT).sum(),
-            "nll": long_MT.sum(),
-            "targets": count_M.sum(),
-            "weights": total_M.sum(),
-            "weight_beyond_window": weights_MT[:, self.window or weights_MT.shape[1] :].sum(),
-            "zero_weights": (valid_MT & (weights_MT == 0)).sum(),
-            "weight_std": variance_M.sqrt().sum(),
-            "weight_entropy": -torch.xlogy(shares_MT, shares_MT).sum(),
-            "effective_targets": torch.where(squares_M > 0, 1.0 / squares_M.clamp(min=1e-300), 0.0).sum(),
-            "rows": torch.tensor(len(weights_MT), device=weights_MT.device),
-            "nonfinite": (valid_MT & ~finite_MT).sum(),
-        }
-        return torch.stack([sums[name].double() for name in _SUMS])
+        return loss, valid_MS.sum().int(), self.report.sums(batch.valid_MT, long_MT, short_MT, weights_MT)
 
     def _raise_nonfinite(self, count: float) -> None:
         """Every rank raises; one that holds such a target names its row and position."""
@@ -224,13 +176,13 @@ class TrainingStep:
                     )
         raise ValueError(f"NLL: {count:.0f} targets on other ranks are NaN or infinite; no update was made")
 
-    def _sum_over_run(self, reports: Sequence[Tensor]) -> dict[str, float]:
+    def _sum_over_run(self, reports: Sequence[Tensor]) -> list[float]:
         """Sums over micro-batches and data-parallel ranks, on every rank: the last pipeline stage has them and tells
         the others."""
-        sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.device.device)
+        sums = torch.zeros(self.report.size, dtype=torch.float64, device=self.device.device)
         if self.layout.is_last_stage:
             sums += torch.stack(list(reports)).sum(0)
             dist.all_reduce(sums, group=self.layout.dp_group)
         if self.layout.pp_size > 1:
             dist.broadcast(sums, self.layout.last_stage_rank, group=self.layout.pp_group)
-        return dict(zip(_SUMS, sums.tolist(), strict=True))
+        return [float(number) for number in sums.tolist()]
