@@ -79,16 +79,19 @@ LAYOUTS = [
     Axes(cp=2, dp=2),
     Axes(cp=4),
     Axes(tp=2, pp=2, cp=2),
+    Axes(tp=4),
 ]
+# All that 8 ranks, 4 attention heads, 4 layers and a global batch of 2 admit.
 FULL_LAYOUTS = [
     Axes(tp=tp, pp=pp, cp=cp, dp=dp, vpp_layers=vpp)
-    for tp in (1, 2)
+    for tp in (1, 2, 4)
     for pp in (1, 2, 4)
     for cp in (1, 2, 4, 8)
     for dp in (1, 2)
     for vpp in (0, 1)
     if tp * pp * cp * dp <= 8 and (vpp == 0 or (pp == 2 and dp == 1))
 ]
+assert len(FULL_LAYOUTS) == 34
 ALL = TRAJECTORIES
 MAIN, FROZEN = TRAJECTORIES[:3], TRAJECTORIES[-2:]
 # Which runs a layout repeats in the ordinary suite; with --full every layout repeats all of them.
@@ -183,18 +186,15 @@ def reference_scores(reference_data, ranks) -> Path:
 @pytest.mark.parametrize(("axes", "trajectories"), EVERY_LAYOUT)
 def test_trajectories(axes, trajectories, ranks, reference, reference_data, reference_scores):
     cached = replace(CACHED, scores=str(reference_scores))
-    configs = [
-        options(axes, reference_data, weighting=weighting, scorer=cached if scorer is CACHED else scorer)
-        for _, weighting, scorer in trajectories
-    ]
-    by_rank = ranks(axes.world_size).run(run_steps, axes, configs)
-    for index, (name, _, scorer) in enumerate(trajectories):
-        expected, metrics = np.load(reference / f"{name}.npz"), by_rank[0][index]
+    for name, weighting, scorer in trajectories:
+        config = options(axes, reference_data, weighting=weighting, scorer=cached if scorer is CACHED else scorer)
+        by_rank = [metrics for (metrics,) in ranks(axes.world_size).run(run_steps, axes, [config])]
+        expected, metrics = np.load(reference / f"{name}.npz"), by_rank[0]
         for ours, theirs in METRICS.items():
             np.testing.assert_allclose(
                 metrics[ours], expected[theirs], rtol=RELATIVE, atol=1e-6, err_msg=f"{name} {scorer.scorer} {ours}"
             )
-    assert all(metrics == by_rank[0] for metrics in by_rank), "every rank must report the same numbers"
+        assert all(metrics == by_rank[0] for metrics in by_rank), "every rank must report the same numbers"
 
 
 RESUME_FROM = 5
