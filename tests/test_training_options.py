@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,24 @@ import numpy as np
 import pytest
 import torch
 from test_training import DENSE, METRICS, RELATIVE, metrics_of, options, reference_data, run_all, run_steps
-from tiny import BOS, SEQ_LENGTH, STRIDE, TINY_LLAMA, VOCAB, WINDOW, Axes
+from tiny import (
+    BOS,
+    SEQ_LENGTH,
+    STRIDE,
+    TINY_LLAMA,
+    VOCAB,
+    WINDOW,
+    Axes,
+    prepare_ready_rows,
+    reference_rows,
+)
 
 from megatron_tw.config import (
     CheckpointConfig,
     LoggingConfig,
     ModelConfig,
     OptimizationConfig,
+    RunConfig,
     TrainConfig,
     WeightingOptions,
 )
@@ -154,6 +166,42 @@ def test_losses_by_position_at_intervals(ranks, reference_data, tmp_path):
     recorded = {event.step: event.value for event in events.Scalars("lm_loss_by_position/128-255")}
     last_buckets = {step["iteration"]: step["by_position"][-1] for step in alone if "by_position" in step}
     assert recorded == pytest.approx({step: bucket["lm_loss"] for step, bucket in last_buckets.items()})
+
+
+@pytest.mark.parametrize("axes", [Axes(), Axes(pp=2, vpp_layers=1), Axes(cp=2, dp=2)], ids=lambda a: a.name)
+def test_held_out_loss_at_intervals(axes, ranks, reference, reference_data, tmp_path):
+    """The held-out rows are the reference's, whose NLL after 12 steps is known; and training goes on as without."""
+    held_out = prepare_ready_rows(reference_rows(), tmp_path / "held_out")
+
+    def config(save: Path, **validation) -> RunConfig:
+        plain = options(
+            axes,
+            reference_data,
+            weighting=DENSE,
+            train=TrainConfig(train_iters=12, global_batch_size=2, **validation),
+            checkpoint=CheckpointConfig(save=str(save)),
+        )
+        return replace(plain, data=replace(plain.data, valid_data_path=str(held_out) if validation else None))
+
+    saves = [tmp_path / name for name in ("plain", "all", "some")]
+    every = [{}, {"eval_interval": 5}, {"eval_interval": 5, "eval_iters": 1}]
+    configs = [config(save, **validation) for save, validation in zip(saves, every, strict=True)]
+    ranks(axes.world_size).run(run_all, configs)
+    plain, whole, some = (
+        [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()] for save in saves
+    )
+    expected = np.load(reference / "trajectory_dense_unfrozen.npz")["final_nll"]
+    for steps, rows in ((whole, 4), (some, 2)):
+        assert [step["iteration"] for step in steps if "valid_lm_loss" in step] == [5, 10, 12]
+        assert steps[-1]["valid_lm_loss"] == pytest.approx(expected[:rows].mean(), rel=RELATIVE)
+        buckets = steps[-1]["valid_by_position"]
+        assert [(bucket["first"], bucket["last"]) for bucket in buckets] == [(1, 31), (32, 63), (64, 127), (128, 255)]
+        for bucket in buckets:
+            nlls = expected[:rows, bucket["first"] - 1 : bucket["last"]]
+            assert bucket["targets"] == nlls.size
+            assert bucket["lm_loss"] == pytest.approx(nlls.mean(), rel=RELATIVE)
+        for key in METRICS:
+            assert [step[key] for step in steps] == [step[key] for step in plain], key
 
 
 def test_the_command_itself(reference, reference_data, tmp_path):

@@ -34,6 +34,15 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
     check_checkpoint(config.checkpoint, config.model, config.train)
     _at_least(1, train_iters=config.train.train_iters, micro_batch_size=config.train.micro_batch_size)
     _at_least(1, global_batch_size=config.train.global_batch_size, exit_interval=config.train.exit_interval)
+    _at_least(1, eval_interval=config.train.eval_interval, eval_iters=config.train.eval_iters)
+    _require(
+        (config.train.eval_interval is None) == (config.data.valid_data_path is None),
+        "--valid-data-path and --eval-interval: expected both or neither, got one",
+    )
+    _require(
+        config.train.eval_iters is None or config.train.eval_interval is not None,
+        f"--eval-iters {config.train.eval_iters}: expected --eval-interval and --valid-data-path with it",
+    )
     _at_least(0, seed=config.train.seed, bos_id=config.data.bos_id)
     _at_least(1, make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by)
     _at_least(1, loss_chunk_tokens=config.model.loss_chunk_tokens, log_interval=config.logging.log_interval)

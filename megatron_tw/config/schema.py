@@ -90,6 +90,8 @@ class DataConfig:
 
     data_path: str
     """Folder that tools/preprocess_data.py wrote."""
+    valid_data_path: str | None = None
+    """Folder of held-out rows, as tools/preprocess_data.py wrote them, whose loss is reported every --eval-interval."""
     seq_length: int
     """Tokens of a row; a row has one target less."""
     shuffle: bool = True
@@ -111,6 +113,10 @@ class TrainConfig:
     """Rows of one optimizer step (null: one micro-batch for each data-parallel rank)."""
     seed: int = 1234
     """Seed of the order of the rows and of the tie-breaks of sparse weights."""
+    eval_interval: int | None = None
+    """Steps between two reports of the loss on the rows of --valid-data-path; there is one after the last step too."""
+    eval_iters: int | None = None
+    """Global batches of held-out rows of one such report (null: all rows)."""
     exit_interval: int | None = None
     """Stop, with a checkpoint, after an iteration that this divides."""
 

@@ -23,6 +23,7 @@ SMOOTHED_SHARE = 0.05
 TRAINING_CURVES = (
     ("lm_loss", "unweighted loss (nats per target)"),
     ("weighted_loss", "weighted loss (nats per target)"),
+    ("valid_lm_loss", "unweighted loss on held-out rows (nats per target)"),
     ("grad_norm", "gradient norm before clipping"),
     ("weight_std", "standard deviation of the weights"),
     ("tokens_per_second", "tokens per second"),

@@ -4,6 +4,7 @@ Rows are dealt to the data-parallel replicas in turn; each goes through the same
 as in training.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from megatron_tw.data.rows import TokenRows, check_rows
 from megatron_tw.evaluation.result import EvaluationHeader, EvaluationResult
 from megatron_tw.model.build import build_model, check_export_target
 from megatron_tw.model.forward import ShortWindowScorer, long_nll
-from megatron_tw.parallel.devices import prepare_device
+from megatron_tw.parallel.devices import Device, prepare_device
 from megatron_tw.parallel.layout import Layout, make_layout, start_process_group
 from megatron_tw.runtime.source import open_source, row_bos_id
 from megatron_tw.weighting import unfrozen_short_nll
@@ -66,27 +67,22 @@ def evaluate(config: EvaluationConfig) -> EvaluationResult | None:
             sequence_parallel=config.parallel.uses_sequence_parallel,
             scoring_micro_batch=config.scorer.scoring_micro_batch,
         )
-    # A forward pass takes as many rows as the pipeline wants at a time.
-    rows_per_pass = options.micro_batch_size * layout.pp_size
-    long_parts, short_parts = [], []
-    passes = range(0, -(-num_rows // layout.dp_size), rows_per_pass)
-    for first in tqdm(passes, desc="evaluating", unit="pass", disable=not layout.reports):
-        # Rows past the end stand in for nothing and are dropped below.
-        mine = [min((first + i) * layout.dp_size + layout.dp_rank, num_rows - 1) for i in range(rows_per_pass)]
-        tokens_RN = torch.from_numpy(np.stack([rows[row] for row in mine])).to(device.device)
-        long_RT = long_nll(chunks, tokens_RN, layout, micro_batch_size=options.micro_batch_size)
-        short_RT = scorer.nll(chunks, tokens_RN) if scorer is not None else None
-        if long_RT is not None:
-            long_parts.append(long_RT)
-            if short_RT is not None:
-                assert config.scorer.short_window is not None
-                short_parts.append(unfrozen_short_nll(long_RT, short_RT, config.scorer.short_window))
-    if not layout.is_last_stage:
+    nlls = nll_of_rows(
+        chunks,
+        rows,
+        num_rows,
+        layout,
+        device,
+        micro_batch_size=options.micro_batch_size,
+        scorer=scorer,
+        bar=tqdm(desc="evaluating", unit="pass", disable=not layout.reports),
+    )
+    if nlls is None or layout.tp_rank or layout.cp_rank or layout.dp_rank:
         return None
-    long_all = _in_row_order(torch.cat(long_parts), num_rows, layout)
-    short_all = _in_row_order(torch.cat(short_parts), num_rows, layout) if short_parts else None
-    if layout.tp_rank or layout.cp_rank or layout.dp_rank:
-        return None
+    long_all, short_all = nlls
+    if short_all is not None:
+        assert config.scorer.short_window is not None
+        short_all = unfrozen_short_nll(long_all, short_all, config.scorer.short_window)
     header = EvaluationHeader(
         model=source.name,
         layout=layout.describe(),
@@ -100,14 +96,48 @@ def evaluate(config: EvaluationConfig) -> EvaluationResult | None:
     return EvaluationResult(
         header=header,
         row_index=np.arange(num_rows),
-        long_nll=long_all,
-        short_nll=short_all,
+        long_nll=long_all.numpy(),
+        short_nll=None if short_all is None else short_all.numpy(),
         valid=np.ones((num_rows, options.seq_length - 1), dtype=bool),
     )
 
 
-def _in_row_order(nll_RT: Tensor, num_rows: int, layout: Layout) -> np.ndarray:
+def nll_of_rows(
+    model: Sequence[torch.nn.Module],
+    rows: TokenRows,
+    num_rows: int,
+    layout: Layout,
+    device: Device,
+    *,
+    micro_batch_size: int,
+    scorer: ShortWindowScorer | None = None,
+    bar: tqdm,
+) -> tuple[Tensor, Tensor | None] | None:
+    """Long NLL [R, T] and, with `scorer`, its short NLL of the first `num_rows` rows, fp32 on the CPU; on all ranks of
+    the last pipeline stage, None on the others. Collective over the world; `bar` counts the passes, and is closed.
+    """
+    rows_per_pass = micro_batch_size * layout.pp_size  # as many as the pipeline wants at a time
+    passes = range(0, -(-num_rows // layout.dp_size), rows_per_pass)
+    parts: list[list[Tensor]] = []
+    bar.reset(total=len(passes))
+    for first in passes:
+        # Rows past the end stand in for nothing and are dropped below.
+        mine = [min((first + i) * layout.dp_size + layout.dp_rank, num_rows - 1) for i in range(rows_per_pass)]
+        tokens_RN = torch.from_numpy(np.stack([rows[row] for row in mine])).to(device.device)
+        long_RT = long_nll(model, tokens_RN, layout, micro_batch_size=micro_batch_size)
+        short_RT = scorer.nll(model, tokens_RN) if scorer is not None else None
+        if long_RT is not None:
+            parts.append([long_RT] if short_RT is None else [long_RT, short_RT])
+        bar.update()
+    bar.close()
+    if not layout.is_last_stage:
+        return None
+    nlls = [_in_row_order(torch.cat(nll), num_rows, layout) for nll in zip(*parts, strict=True)]
+    return nlls[0], nlls[1] if scorer is not None else None
+
+
+def _in_row_order(nll_RT: Tensor, num_rows: int, layout: Layout) -> Tensor:
     """Rows 0 .. num_rows - 1 from what every data-parallel replica scored: replica d has rows d, d + dp, ..."""
     shards = [torch.empty_like(nll_RT) for _ in range(layout.dp_size)]
     dist.all_gather(shards, nll_RT.contiguous(), group=layout.dp_group)
-    return torch.stack(shards, dim=1).flatten(0, 1)[:num_rows].float().cpu().numpy()
+    return torch.stack(shards, dim=1).flatten(0, 1)[:num_rows].float().cpu()

@@ -46,26 +46,29 @@ class MetricsLog:
         )
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """Record one step. `metrics` holds `iteration`, numbers, and perhaps `by_position`, a list of dicts with the
-        `first` and `last` position of a bucket and numbers."""
+        """Record one step. `metrics` holds `iteration`, numbers, and perhaps `by_position` and `valid_by_position`:
+        lists of dicts with the `first` and `last` position of a bucket and numbers."""
         if self._file is not None:
             self._file.write(json.dumps(metrics) + "\n")
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 if name != "iteration" and isinstance(value, int | float):
                     self._tensorboard.add_scalar(name, value, metrics["iteration"])
-            for bucket in metrics.get("by_position", ()):
-                for name in bucket.keys() - {"first", "last", "targets"}:
-                    if bucket[name] is not None:
-                        tag = f"{name}_by_position/{bucket['first']}-{bucket['last']}"
-                        self._tensorboard.add_scalar(tag, bucket[name], metrics["iteration"])
+            for prefix in ("", "valid_"):
+                for bucket in metrics.get(f"{prefix}by_position", ()):
+                    for name in bucket.keys() - {"first", "last", "targets"}:
+                        if bucket[name] is not None:
+                            tag = f"{prefix}{name}_by_position/{bucket['first']}-{bucket['last']}"
+                            self._tensorboard.add_scalar(tag, bucket[name], metrics["iteration"])
         figures = (
             f"weighted {metrics['weighted_loss']:.4f}, lm {metrics['lm_loss']:.4f}, grad {metrics['grad_norm']:.3f}, "
             f"{metrics['tokens_per_second']:,.0f} tok/s"
         )
         self._bar.update()
         self._bar.set_postfix_str(figures, refresh=False)
-        step = metrics["iteration"]
+        step, valid = metrics["iteration"], metrics.get("valid_lm_loss")
+        if valid is not None:
+            self.say(f"step {step}/{self._train_iters}: held-out lm loss {valid:.4f}")
         if self._bar.disable and (step % self._log_interval == 0 or step == self._train_iters):
             self.say(f"step {step}/{self._train_iters}: {figures}, lr {metrics['learning_rate']:.3g}")
 

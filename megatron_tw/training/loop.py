@@ -18,6 +18,7 @@ from megatron_tw.runtime.source import ModelSource, open_source
 from megatron_tw.training.report import StepReport
 from megatron_tw.training.scorers import make_scorer, open_scores
 from megatron_tw.training.step import TrainingStep
+from megatron_tw.training.validation import Validation
 from megatron_tw.weighting.options import schedule_from_options
 from megatron_tw.weighting.schedule import WeightingSchedule
 
@@ -30,6 +31,7 @@ class Inputs:
     source: ModelSource
     schedule: WeightingSchedule
     scores: ScoreRows | None
+    valid_rows: TokenRows | None
     tokenizer_dir: Path | None
 
 
@@ -68,6 +70,9 @@ def open_inputs(config: RunConfig) -> Inputs:
     )
     rows = TokenRows(config.data.data_path)
     check_rows(rows, seq_length=config.data.seq_length, model_vocab_size=source.architecture.vocab_size)
+    valid_rows = TokenRows(config.data.valid_data_path) if config.data.valid_data_path is not None else None
+    if valid_rows is not None:
+        check_rows(valid_rows, seq_length=config.data.seq_length, model_vocab_size=source.architecture.vocab_size)
     schedule = schedule_from_options(config.weighting)
     if schedule.needs_scorer and config.scorer.short_window is None:
         raise ValueError("--short-window: the weighting needs the length of the scorer's windows, got none")
@@ -84,6 +89,7 @@ def open_inputs(config: RunConfig) -> Inputs:
         source=source,
         schedule=schedule,
         scores=scores,
+        valid_rows=valid_rows,
         tokenizer_dir=tokenizer_dir if tokenizer_dir.is_dir() else source.tokenizer_dir,
     )
 
@@ -98,6 +104,7 @@ class Run:
     chunks: list[Any]
     step: TrainingStep
     loader: Loader
+    validation: Validation | None
     iteration: int = 0
 
     @staticmethod
@@ -145,6 +152,7 @@ class Run:
             else:
                 loader.load_state_dict(source.saved.state.loader)
                 iteration = source.saved.state.iteration
+        old_context = config.scorer.short_window or source.architecture.max_position_embeddings
         step = TrainingStep(
             model=model,
             optimizer=optimizer,
@@ -153,13 +161,20 @@ class Run:
             device=device,
             schedule=inputs.schedule,
             scorer=scorer,
-            report=StepReport.of_rows(
-                config.data.seq_length, config.scorer.short_window or source.architecture.max_position_embeddings
-            ),
+            report=StepReport.of_rows(config.data.seq_length, old_context),
             seed=config.train.seed,
         )
         return Run(
-            config=config, inputs=inputs, layout=layout, chunks=chunks, step=step, loader=loader, iteration=iteration
+            config=config,
+            inputs=inputs,
+            layout=layout,
+            chunks=chunks,
+            step=step,
+            loader=loader,
+            validation=Validation.create(
+                config, inputs.valid_rows, old_context=old_context, layout=layout, device=device
+            ),
+            iteration=iteration,
         )
 
     def train(self) -> None:
@@ -170,6 +185,10 @@ class Run:
             while self.iteration < last:
                 metrics = self.step(next(self.loader), self.iteration)
                 self.iteration += 1
+                if self.validation is not None and (
+                    self.iteration % self.validation.interval == 0 or self.iteration == last
+                ):
+                    metrics |= self.validation.metrics(self.step.model)
                 if log is not None:
                     log.write(self._with_run_metrics(metrics))
                 exits = bool(config.train.exit_interval) and self.iteration % (config.train.exit_interval or 1) == 0
