@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import long_range_recall
 import numpy as np
+import planted_facts
 import pytest
-
-from tools.benchmarks import long_range_recall, step
+import step
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,18 +72,18 @@ def test_time_within_a_part_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("seq_length", [32, 256])
 def test_facts_are_planted_and_asked_for(seq_length: int) -> None:
     settings = long_range_recall.Settings()
-    rows = long_range_recall.make_rows(settings, seq_length=seq_length, num_rows=200, seed=1, part=0)
+    rows = settings.rows_of(seq_length, 200, seed=1, part=0)
     row, answer = rows.asked.T
     value_ids = rows.ids[row, answer]
-    first_fact, values = long_range_recall.FIRST_FACT, long_range_recall.VALUES
+    first_fact, values = planted_facts.FIRST_FACT, planted_facts.VALUES
     assert (value_ids == rows.ids[row, answer - rows.distance]).all(), "the answer stands in the row before"
-    assert ((value_ids - first_fact) // values == rows.ids[row, answer - 1] - long_range_recall.FIRST_QUESTION).all()
+    assert ((value_ids - first_fact) // values == rows.ids[row, answer - 1] - planted_facts.FIRST_QUESTION).all()
     counts = np.array([(rows.ids[r] == v).sum() for r, v in zip(row, value_ids, strict=True)])
     assert (counts == 2).all(), "and nowhere else"
     far = rows.distance > settings.context
     assert far.sum() == (0 if seq_length == settings.context else 200 * settings.facts)
-    same = long_range_recall.make_rows(settings, seq_length=seq_length, num_rows=200, seed=1, part=0)
-    other = long_range_recall.make_rows(settings, seq_length=seq_length, num_rows=200, seed=1, part=1)
+    same = settings.rows_of(seq_length, 200, seed=1, part=0)
+    other = settings.rows_of(seq_length, 200, seed=1, part=1)
     assert (rows.ids == same.ids).all()
     assert (rows.ids != other.ids).any()
 

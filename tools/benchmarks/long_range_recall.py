@@ -1,16 +1,18 @@
 """Does weighting help a model to use a longer context? A synthetic test with a known answer.
 
-A fact is one token: "attribute 7 is value 3". Each long row plants facts among its first n tokens and asks for them
-beyond 2n, so more than n tokens later: a question token "attribute 7?", and the fact's token again, which is the asked
-value. Noisy filler, and facts that are asked for soon, lie between. A tiny Llama learns rows of n tokens, where facts
-are asked for too, and is then extended to N tokens with each scheme in turn, by the training code itself, on the same
-rows for the same steps.
+Each long row plants facts among its first n tokens and asks for them beyond 2n, so more than n tokens later
+(planted_facts.py). Noisy filler, and facts that are asked for soon, lie between. A tiny Llama learns rows of n tokens,
+where facts are asked for too, and is then extended to N tokens with each scheme in turn, by the training code itself,
+on the same rows for the same steps.
+
 Reported on held-out rows, mean and standard deviation over seeds:
 
     recall        share of the asked values that are the model's first choice; of far facts, more than n tokens back
     key NLL       mean NLL of those values; they are the rows' key tokens, known and not guessed
     short NLL     mean NLL of all targets of rows of n tokens, as the base was trained on
     weight        mean weight of the asked values by the scheme at its last step; 1 is their weight in uniform
+
+Schemes of a seed start from the same base and see the same rows, so each is also compared with uniform seed by seed.
 
     OMP_NUM_THREADS=1 tools/benchmarks/long_range_recall.py --output DIR
 
@@ -29,11 +31,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from planted_facts import BOS, VOCAB, Rows, make_rows
+from recall_figures import Measured, format_table, plot
 from tqdm import tqdm
 
 from megatron_tw.config import (
@@ -47,16 +50,7 @@ from megatron_tw.config import (
     WeightingOptions,
 )
 
-BOS, FILLERS, ATTRIBUTES, VALUES = 0, 31, 16, 16
-FIRST_QUESTION = 1 + FILLERS
-FIRST_FACT = FIRST_QUESTION + ATTRIBUTES
-VOCAB = FIRST_FACT + ATTRIBUTES * VALUES
-FAVOURITES = 4
-"""Filler tokens that often follow a given one: half of the filler is drawn from them, the other half is noise."""
-
 SCHEMES = ("uniform", "dense", "sparse", "longce", "exact")
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
-COLUMNS = {"recall": "recall", "key_nll": "key NLL", "short_nll": "short NLL", "lm_loss": "all NLL", "weight": "weight"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,69 +84,26 @@ class Settings:
     truncation: float = 5.0
     """Gamma of longce."""
     alpha: float = 0.15
-    """Of exact; its tau is n."""
+    """Of exact."""
+    gamma: float = 0.5
+    """Of exact."""
+    tau: int = 0
+    """Of exact, in tokens; 0 for n."""
     points: int = 6
     """Measurements along the extension."""
     held_out_rows: int = 64
 
+    def describe(self) -> str:
+        """The extension, in words."""
+        return (
+            f"extended from {self.context} to {self.seq_length} tokens in {self.train_iters} steps of {self.rows} rows"
+        )
 
-@dataclass(frozen=True)
-class Rows:
-    """Rows of token ids [R, N], and where the asked values stand: [A, 2], row and column of the value; its distance
-    [A] in tokens to the fact's value."""
-
-    ids: npt.NDArray[np.int64]
-    asked: npt.NDArray[np.int64]
-    distance: npt.NDArray[np.int64]
-
-
-def make_rows(settings: Settings, *, seq_length: int, num_rows: int, seed: int, part: int) -> Rows:
-    """Random rows. `seed` decides the filler's language, `part` which rows in it."""
-    n = settings.context
-    language = np.random.default_rng([seed, 0])
-    favourites = language.integers(1, FIRST_QUESTION, size=(VOCAB, FAVOURITES))
-    rng = np.random.default_rng([seed, 1, part])
-    ids = np.empty((num_rows, seq_length), dtype=np.int64)
-    ids[:, 0] = BOS
-    for i in range(1, seq_length):
-        follows = favourites[ids[:, i - 1], rng.integers(FAVOURITES, size=num_rows)]
-        ids[:, i] = np.where(rng.random(num_rows) < 0.5, follows, rng.integers(1, FIRST_QUESTION, size=num_rows))
-    asked, distance = [], []
-    for row in range(num_rows):
-        places = _short_places(rng, settings) if seq_length == n else _long_places(rng, settings, seq_length)
-        attributes = rng.permutation(ATTRIBUTES)[: len(places)]
-        for attribute, value, (fact, answer) in zip(
-            attributes, rng.integers(VALUES, size=len(places)), places, strict=True
-        ):
-            ids[row, [fact, answer]] = FIRST_FACT + attribute * VALUES + value
-            ids[row, answer - 1] = FIRST_QUESTION + attribute
-            asked.append((row, answer))
-            distance.append(answer - fact)
-    return Rows(ids, np.array(asked), np.array(distance))
-
-
-def _short_places(rng: np.random.Generator, settings: Settings) -> list[tuple[int, int]]:
-    """Positions of facts and of their answers in a row of n tokens: facts in the first half, answers in the other."""
-    half = settings.context // 2
-    facts = 1 + rng.permutation(half - 1)[: settings.facts]
-    answers = half + 1 + 2 * rng.permutation((half - 1) // 2)[: settings.facts]
-    return list(zip(facts.tolist(), answers.tolist(), strict=True))
-
-
-def _long_places(rng: np.random.Generator, settings: Settings, seq_length: int) -> list[tuple[int, int]]:
-    """The same in a long row: far facts within n tokens, answered beyond 2n; a near one in every second n further
-    tokens, in their first quarter, answered in the second or third."""
-    n = settings.context
-    starts = range(n, seq_length - n + 1, n)
-    near = [(s + int(rng.integers(n // 4)), s + n // 4 + 1 + 2 * int(rng.integers(n // 4))) for s in starts[::2]]
-    # Far answers at even offsets from 2n, in the last quarter of n tokens and of no other question.
-    free = np.array([s + offset for s in starts[1:] for offset in range(3 * n // 4 + 2, n, 2)])
-    far = zip(
-        (1 + rng.permutation(n - 1)[: settings.facts]).tolist(),
-        rng.permutation(free)[: settings.facts].tolist(),
-        strict=True,
-    )
-    return near + list(far)
+    def rows_of(self, seq_length: int, num_rows: int, *, seed: int, part: int) -> Rows:
+        """Rows of this experiment."""
+        return make_rows(
+            context=self.context, facts=self.facts, seq_length=seq_length, num_rows=num_rows, seed=seed, part=part
+        )
 
 
 # --- one model: in a worker process -----------------------------------------------------------------------------------
@@ -231,7 +182,7 @@ def _options(task: Task) -> RunConfig:
         "dense": WeightingOptions(weighting="dense", interpolation=s.interpolation),
         "sparse": WeightingOptions(weighting="sparse", sparsification=s.kappa),
         "longce": WeightingOptions(weighting="longce", truncation=s.truncation),
-        "exact": WeightingOptions(weighting="exact", alpha=s.alpha, tau=s.context),
+        "exact": WeightingOptions(weighting="exact", alpha=s.alpha, gamma=s.gamma, tau=s.tau or s.context),
     }.get(task.scheme or "uniform", WeightingOptions())
     rows = s.base_rows if is_base else s.rows
     return RunConfig(
@@ -263,8 +214,8 @@ class Meter:
     def __init__(self, task: Task, run: Any) -> None:
         self.run, self.settings, self.is_base = run, task.settings, task.scheme is None
         s = self.settings
-        self.short = make_rows(s, seq_length=s.context, num_rows=4 * s.held_out_rows, seed=task.seed, part=2)
-        self.long = make_rows(s, seq_length=s.seq_length, num_rows=s.held_out_rows, seed=task.seed, part=3)
+        self.short = s.rows_of(s.context, 4 * s.held_out_rows, seed=task.seed, part=2)
+        self.long = s.rows_of(s.seq_length, s.held_out_rows, seed=task.seed, part=3)
 
     def measure(self, iteration: int) -> dict[str, Any]:
         """Recall near and far, by distance too, and the NLLs of the module's docstring."""
@@ -344,7 +295,7 @@ def prepare_seed(settings: Settings, seed: int, folder: Path) -> None:
         ("short_rows", s.context, min(s.base_iters * s.base_rows, 8192), 0),
         ("long_rows", s.seq_length, s.train_iters * s.rows, 1),
     ):
-        rows = make_rows(s, seq_length=length, num_rows=num_rows, seed=seed, part=part)
+        rows = s.rows_of(length, num_rows, seed=seed, part=part)
         file = folder / f"{name}.jsonl"
         file.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in rows.ids.tolist()))
         prepare_rows([file], folder / name, seq_length=length, tokenizer=None, vocab_size=VOCAB, bos_id=BOS)
@@ -364,10 +315,6 @@ def prepare_seed(settings: Settings, seed: int, folder: Path) -> None:
         initializer_range=0.08,  # about 1 / sqrt(hidden_size); with the usual 0.02 so small a model hardly starts
     )
     LlamaForCausalLM(config).save_pretrained(folder / "random")
-
-
-Measured = dict[int, dict[str, list[dict[str, Any]]]]
-"""The measurements of each seed and scheme, in the order of the steps."""
 
 
 def run_experiment(
@@ -397,70 +344,15 @@ def run_experiment(
     return measured
 
 
-def format_table(settings: Settings, measured: Measured) -> str:
-    """One line a scheme: mean and standard deviation over the seeds after the last step, then recall by distance."""
-    schemes = [name for name in SCHEMES if all(name in of_seed for of_seed in measured.values())]
-    ends = {"before": [of_seed[schemes[0]][0] for of_seed in measured.values()]}
-    ends |= {name: [of_seed[name][-1] for of_seed in measured.values()] for name in schemes}
-    octaves = sorted(ends["before"][0]["recall_by_octave"])
-    n = settings.context
-    base_recall = [of_seed["base"][-1]["recall"] for of_seed in measured.values()]
-    lines = [
-        f"base: recall {_spread(base_recall)} in rows of {n} tokens;"
-        f" extended to {settings.seq_length} tokens in {settings.train_iters} steps of {settings.rows} rows; "
-        f"mean ± standard deviation over {len(measured)} seeds",
-        "",
-        "| scheme | " + " | ".join(COLUMNS.values()) + " | "
-        + " | ".join(f"recall {n * 2**octave}-{n * 2 ** (octave + 1)}" for octave in octaves) + " |",
-        "| --- " * (1 + len(COLUMNS) + len(octaves)) + "|",
-    ]  # fmt: skip
-    for name, end in ends.items():
-        cells = [_spread([one[key] for one in end if key in one]) for key in COLUMNS]
-        cells += [_spread([one["recall_by_octave"][octave] for one in end]) for octave in octaves]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
-
-
-def plot(settings: Settings, measured: Measured, file: Path) -> None:
-    """Recall, key NLL and short NLL over the steps: means, and from the lowest to the highest seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, all_axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for axes, key in zip(all_axes, ("recall", "key_nll", "short_nll"), strict=True):
-        for name, colour in zip(SCHEMES, COLOURS, strict=True):
-            runs = [of_seed[name] for of_seed in measured.values() if name in of_seed]
-            if not runs:
-                continue
-            steps = [point["iteration"] for point in runs[0]]
-            values_SP = np.array([[point[key] for point in run] for run in runs])
-            axes.plot(steps, values_SP.mean(0), color=colour, label=name, marker="o", markersize=3)
-            axes.fill_between(steps, values_SP.min(0), values_SP.max(0), color=colour, alpha=0.12, linewidth=0)
-        axes.set(xlabel="step", title=COLUMNS[key])
-        axes.grid(alpha=0.3)
-    all_axes[0].set(ylabel=f"share of facts more than {settings.context} tokens back", ylim=(0, 1))
-    all_axes[1].set(ylabel="nats per asked value")
-    all_axes[2].set(ylabel=f"nats per target of rows of {settings.context} tokens", ylim=(3.3, 5.0))
-    all_axes[0].legend()
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new or empty folder")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument(
+        "--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES), help="uniform is always among them"
+    )
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one core each")
     for field in fields(Settings):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
@@ -476,14 +368,15 @@ def main(arguments: Sequence[str]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        measured = run_experiment(settings, seeds, schemes, Path(folder), processes)
+        chosen = [name for name in SCHEMES if name in ("uniform", *schemes)]
+        measured = run_experiment(settings, seeds, chosen, Path(folder), processes)
     seconds = time.monotonic() - started
-    table = format_table(settings, measured)
+    table = format_table(measured, context=settings.context, run=settings.describe())
     print(table)
     content = {"settings": asdict(settings), "seeds": seeds, "seconds": seconds, "measured": measured}
     (output / "recall.json").write_text(json.dumps(content, indent=1) + "\n")
     (output / "recall.md").write_text(table + "\n")
-    plot(settings, measured, output / "recall.png")
+    plot(measured, output / "recall.png", context=settings.context)
     print(f"{output}/recall.json, recall.md, recall.png ({seconds:.0f} s)")
 
 
