@@ -91,7 +91,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no JSON": (
         lambda folder: (folder / "dataset.json").write_text('{"format"'),
-        "malformed JSON",
+        "truncated or no JSON",
     ),
     "other kind": (lambda folder: replace_in_header(folder, format="scores"), r"dataset\.json: not a header of"),
     "other version": (
@@ -137,7 +137,7 @@ def test_index_of_another_dataset(rows: TokenRows, tmp_path: Path, seq_length: i
     prepare_rows([source], tmp_path / "other", seq_length=seq_length, tokenizer=None, vocab_size=vocab_size)
     shutil.copytree(rows.path, tmp_path / "rows")
     shutil.copyfile(tmp_path / "other" / "rows.idx", tmp_path / "rows" / "rows.idx")
-    with pytest.raises(ValueError, match=r"rows\.idx does not fit dataset\.json"):
+    with pytest.raises(ValueError, match=r"rows\.idx does not fit the header"):
         TokenRows(tmp_path / "rows")
 
 

@@ -317,7 +317,7 @@ def test_broken_folders_are_refused(scored, data, tmp_path):
     index = bytearray((folder / "scores.idx").read_bytes())
     index[34] ^= 1  # the first row's length
     (folder / "scores.idx").write_bytes(index)
-    refused(r"scores\.idx does not fit scores\.json")
+    refused(r"scores\.idx does not fit the header")
 
 
 def run_tool(argv: list[str]) -> tuple[int, str]:

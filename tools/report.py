@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tw.config import user_errors
-from megatron_tw.data.rows import new_folder
+from megatron_tw.data.files import new_folder
 from megatron_tw.evaluation.compare import Comparison, compare
 from megatron_tw.evaluation.key_tokens import GAIN, KeyTokens, choose_key_tokens
 from megatron_tw.evaluation.page import render_page

@@ -21,7 +21,8 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from megatron_tw.data.documents import Document, expand_inputs, read_documents
-from megatron_tw.data.rows import TOKENIZER_DIR, RowCounts, RowsHeader, RowsWriter, TokenizerInfo, new_folder
+from megatron_tw.data.files import new_folder
+from megatron_tw.data.rows import TOKENIZER_DIR, RowCounts, RowsHeader, RowsWriter, TokenizerInfo
 from megatron_tw.data.tokenizer import Tokenizer, load_tokenizer
 
 GROUP_BYTES = 1 << 20  # of documents that travel to a worker together

@@ -10,15 +10,8 @@
 Shapes: R rows, N tokens of a row (`seq_length`).
 """
 
-import dataclasses
 import hashlib
-import json
-import os
-import shutil
-import struct
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -26,13 +19,13 @@ from types import ModuleType
 import numpy as np
 import numpy.typing as npt
 
+from megatron_tw.data.files import check_index, check_sizes, header_json, index_size, load_int64, read_header
+
 FORMAT = "megatron_tw token rows"
 FORMAT_VERSION = 1
 HEADER_FILE = "dataset.json"
 DOCUMENTS_FILE = "rows_documents.npy"
 TOKENIZER_DIR = "tokenizer"
-INDEX_HEADER = struct.Struct("<9sQBQQ")  # rows.idx: magic, version, dtype code, rows, document boundaries
-INDEX_ROW_BYTES, INDEX_BOUNDARY_BYTES = 12, 8  # what follows for each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,24 +71,14 @@ class RowsHeader:
     """sha256 (hex) of the rows and their places in the documents: what scores made from these rows refer to."""
 
     def to_json(self) -> str:
-        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
-        return json.dumps(content, indent=2) + "\n"
+        return header_json(FORMAT, FORMAT_VERSION, self)
 
     @classmethod
     def from_file(cls, file: Path) -> "RowsHeader":
         """Raises ValueError for a file of another kind or version, or one with fields missing."""
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file}: malformed JSON: {error}") from error
-        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-            raise ValueError(f'{file}: not a header of "{FORMAT}"')
-        version = content.pop("format_version", None)
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"{file}: format version {version}, but this program reads version {FORMAT_VERSION}; "
-                "prepare the rows again with tools/preprocess_data.py"
-            )
+        content = read_header(
+            file, FORMAT, FORMAT_VERSION, remedy="prepare the rows again with tools/preprocess_data.py"
+        )
         try:
             if content["tokenizer"] is not None:
                 content["tokenizer"] = TokenizerInfo(**content["tokenizer"])
@@ -177,11 +160,9 @@ class TokenRows:
         self.header = RowsHeader.from_file(header_file)
         indexed_dataset = _import_indexed_dataset()
         self._check_files(indexed_dataset.DType[self.header.dtype].value)
-        self.documents_R2 = self._load_documents()
+        self.documents_R2 = load_int64(self.path / DOCUMENTS_FILE, (len(self), 2), "dataset")
         # Rows are copied out of its memory map, for a view of a freed map crashes the process.
         self._dataset = indexed_dataset.IndexedDataset(str(self.path / "rows"))
-        if not (self._dataset.sequence_lengths == self.header.seq_length).all():
-            raise ValueError(f"{self.path}/rows.idx does not fit {HEADER_FILE}: it is of another dataset")
 
     def __len__(self) -> int:
         return self.header.counts.rows
@@ -196,36 +177,12 @@ class TokenRows:
         """What IndexedDataset would meet with an assert, a crash, or not at all."""
         header, counts = self.header, self.header.counts
         boundaries = counts.documents - counts.documents_too_short + 1
-        expected = {
+        sizes = {
             "rows.bin": counts.rows * header.seq_length * np.dtype(header.dtype).itemsize,
-            "rows.idx": INDEX_HEADER.size + INDEX_ROW_BYTES * counts.rows + INDEX_BOUNDARY_BYTES * boundaries,
+            "rows.idx": index_size(counts.rows, boundaries),
         }
-        for name, size in expected.items():
-            file = self.path / name
-            if not file.is_file():
-                raise ValueError(f"{file} is missing: the dataset is incomplete")
-            if file.stat().st_size != size:
-                raise ValueError(
-                    f"{file} is truncated or of another dataset: {size} bytes expected, {file.stat().st_size} there"
-                )
-        index_header = INDEX_HEADER.pack(b"MMIDIDX\0\0", 1, dtype_code, counts.rows, boundaries)
-        with (self.path / "rows.idx").open("rb") as stream:
-            if stream.read(INDEX_HEADER.size) != index_header:
-                raise ValueError(f"{self.path}/rows.idx does not fit {HEADER_FILE}: it is of another dataset")
-
-    def _load_documents(self) -> npt.NDArray[np.int64]:
-        file = self.path / DOCUMENTS_FILE
-        if not file.is_file():
-            raise ValueError(f"{file} is missing: the dataset is incomplete")
-        try:
-            documents_R2: npt.NDArray[np.int64] = np.load(file, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{file} is truncated or no numpy file: {error}") from error
-        if documents_R2.shape != (len(self), 2) or documents_R2.dtype != np.int64:
-            raise ValueError(
-                f"{file}: expected int64 [{len(self)}, 2], got {documents_R2.dtype} {list(documents_R2.shape)}"
-            )
-        return documents_R2
+        check_sizes(self.path, sizes, "dataset")
+        check_index(self.path / "rows.idx", dtype_code, counts.rows, header.seq_length, boundaries, "dataset")
 
 
 def check_rows(rows: TokenRows, *, seq_length: int, model_vocab_size: int | None = None) -> None:
@@ -244,26 +201,6 @@ def check_rows(rows: TokenRows, *, seq_length: int, model_vocab_size: int | None
             f"{rows.path}: dataset ({made_by}) with a vocabulary of {data_vocab_size} tokens, "
             f"but the model's has {model_vocab_size}"
         )
-
-
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that becomes `output` when the block ends well, and is removed when not.
-
-    Raises:
-        ValueError: `output` is a file or a folder that holds something.
-    """
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(f"--output {output} already exists and is not an empty folder")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.absolute().parent / f".{output.name}.{os.getpid()}.partial"
-    temporary.mkdir()
-    try:
-        yield temporary
-        temporary.rename(output)  # replaces an empty folder, and nothing else
-    except BaseException:
-        shutil.rmtree(temporary)
-        raise
 
 
 def _import_indexed_dataset() -> ModuleType:

@@ -14,7 +14,6 @@ Shapes: R scored rows, M rows asked for, N tokens of a row, T = N - 1 targets; c
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,8 @@ import numpy.typing as npt
 import torch
 
 from megatron_tw.config.options import flag
-from megatron_tw.data.rows import INDEX_BOUNDARY_BYTES, INDEX_HEADER, INDEX_ROW_BYTES, TokenRows
+from megatron_tw.data.files import check_index, check_sizes, header_json, index_size, load_int64, read_header
+from megatron_tw.data.rows import TokenRows
 
 FORMAT = "megatron_tw score rows"
 FORMAT_VERSION = 1
@@ -65,24 +65,12 @@ class ScoresHeader:
     """sha256 (hex) of the scores and their keys; empty while they are being made."""
 
     def to_json(self) -> str:
-        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
-        return json.dumps(content, indent=2) + "\n"
+        return header_json(FORMAT, FORMAT_VERSION, self)
 
     @staticmethod
     def from_file(file: Path) -> "ScoresHeader":
         """Raises ValueError for a file of another kind or version, or one with fields missing."""
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file} is truncated or no JSON: {error}") from error
-        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-            raise ValueError(f'{file}: not a header of "{FORMAT}"')
-        version = content.pop("format_version", None)
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"{file}: format version {version}, but this program reads version {FORMAT_VERSION}; "
-                "score the rows again with tools/score_tokens.py"
-            )
+        content = read_header(file, FORMAT, FORMAT_VERSION, remedy="score the rows again with tools/score_tokens.py")
         try:
             return ScoresHeader(**content)
         except TypeError as error:
@@ -110,7 +98,7 @@ class ScoreRows:
             what = "scoring was not finished; run the same command again" if begun else f"no {HEADER_FILE}"
             raise ValueError(f"{path}: not a folder of scores ({what}); make one with tools/score_tokens.py")
         self.header = ScoresHeader.from_file(self.path / HEADER_FILE)
-        keys_R3 = self._load_keys()
+        keys_R3 = load_int64(self.path / KEYS_FILE, (self.header.rows, 3), "set of scores")
         self.documents_R2 = np.ascontiguousarray(keys_R3[:, :2])
         self.digests_R = keys_R3[:, 2]
         self._check_files()
@@ -141,41 +129,12 @@ class ScoreRows:
         index_M: npt.NDArray[np.int64] = np.where(self._sorted_keys_R[place_M] == keys_M, self._order_R[place_M], -1)
         return index_M
 
-    def _load_keys(self) -> npt.NDArray[np.int64]:
-        file = self.path / KEYS_FILE
-        if not file.is_file():
-            raise ValueError(f"{file} is missing: the scores are incomplete")
-        try:
-            keys_R3: npt.NDArray[np.int64] = np.load(file, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{file} is truncated or no numpy file: {error}") from error
-        if keys_R3.shape != (self.header.rows, 3) or keys_R3.dtype != np.int64:
-            raise ValueError(
-                f"{file}: expected int64 [{self.header.rows}, 3], got {keys_R3.dtype} {list(keys_R3.shape)}"
-            )
-        return keys_R3
-
     def _check_files(self) -> None:
         rows, targets = self.header.rows, self.header.seq_length - 1
         boundaries = int((np.diff(self.documents_R2[:, 0]) != 0).sum()) + 2
-        expected = {
-            "scores.bin": rows * targets * 4,
-            "scores.idx": INDEX_HEADER.size + INDEX_ROW_BYTES * rows + INDEX_BOUNDARY_BYTES * boundaries,
-        }
-        for name, size in expected.items():
-            file = self.path / name
-            if not file.is_file():
-                raise ValueError(f"{file} is missing: the scores are incomplete")
-            if file.stat().st_size != size:
-                raise ValueError(
-                    f"{file} is truncated or of other scores: {size} bytes expected, {file.stat().st_size} there"
-                )
-        index_header = INDEX_HEADER.pack(b"MMIDIDX\0\0", 1, FLOAT32_CODE, rows, boundaries)
-        with (self.path / "scores.idx").open("rb") as stream:
-            same = stream.read(INDEX_HEADER.size) == index_header
-            same = same and bool((np.fromfile(stream, dtype="<i4", count=rows) == targets).all())
-        if not same:
-            raise ValueError(f"{self.path}/scores.idx does not fit {HEADER_FILE}: it is of other scores")
+        sizes = {"scores.bin": rows * targets * 4, "scores.idx": index_size(rows, boundaries)}
+        check_sizes(self.path, sizes, "set of scores")
+        check_index(self.path / "scores.idx", FLOAT32_CODE, rows, targets, boundaries, "set of scores")
 
 
 def check_scores(

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_tw.data.rows import new_folder
+from megatron_tw.data.files import new_folder, read_header
 from megatron_tw.evaluation.position import mean_nll, nll_by_position, position_edges
 
 FORMAT = "megatron_tw evaluation"
@@ -146,18 +146,7 @@ class EvaluationResult:
 def _read_header(file: Path) -> EvaluationHeader:
     if not file.is_file():
         raise ValueError(f"{file} is missing: expected a folder that tools/evaluate.py wrote")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is truncated or no JSON: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f'{file}: not a header of "{FORMAT}"')
-    version = content.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{file}: format version {version}, but this program reads version {FORMAT_VERSION}; "
-            "evaluate again with tools/evaluate.py"
-        )
+    content = read_header(file, FORMAT, FORMAT_VERSION, remedy="evaluate again with tools/evaluate.py")
     missing = [field.name for field in dataclasses.fields(EvaluationHeader) if field.name not in content]
     if missing:
         raise ValueError(f"{file}: fields are missing: {', '.join(missing)}")
