@@ -139,3 +139,22 @@ def test_base_stands_for_the_other_options():
     schedule = schedule_from_options(options)
     assert not schedule.at(9).needs_scorer
     assert schedule.at(10) == WeightingConfig.preset("dense", interpolation=0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "leaves_out"),
+    [
+        ("0: dense", False),
+        ("0: uniform; 5: sparse sparsification=0.4", True),
+        ("0: sparse sparsification=1.0", False),
+        ("0: ppmi shift=2 sparsification=0.2", True),
+        ("0: exact", False),
+    ],
+)
+def test_whether_targets_are_left_out(text, leaves_out):
+    assert parse_schedule(text).leaves_targets_out == leaves_out
+
+
+def test_no_target_is_left_out_where_uniform_is_mixed_in():
+    mixed = WeightingConfig(transforms=("absolute",), sparsification=0.2, interpolation=0.5)
+    assert not parse_schedule("0: base", base=mixed).leaves_targets_out

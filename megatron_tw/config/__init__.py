@@ -25,6 +25,7 @@ from megatron_tw.config.load import (
     save_config,
 )
 from megatron_tw.config.schema import (
+    DEFAULT_KEEP_LOGITS_MIB,
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
@@ -38,6 +39,7 @@ from megatron_tw.config.schema import (
 )
 
 __all__ = [
+    "DEFAULT_KEEP_LOGITS_MIB",
     "CheckpointConfig",
     "DataConfig",
     "LoggingConfig",

@@ -55,6 +55,10 @@ class ParallelConfig:
         return self.context_parallel_size * lcm(slices, parts)
 
 
+DEFAULT_KEEP_LOGITS_MIB = 1024
+"""--loss-keep-logits-mib where it is not given and no weights are sparse."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Model: where it comes from, its numbers, and what is traded for memory."""
@@ -80,8 +84,7 @@ class ModelConfig:
     """Tokens whose logits exist at once in the loss (null: chosen from the vocabulary size)."""
     loss_keep_logits_mib: int | None = None
     """MiB in which the loss keeps logits from forward to backward instead of making them again; tokens kept = MiB x
-    2^20 /
-    (padded vocabulary / TP x bytes of a number). (null: 1024, and 0 where weights are sparse)."""
+    2^20 / (padded vocabulary / TP x bytes of a number). (null: 1024, and 0 where weights are sparse)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_tw.config import RunConfig, check_config, virtual_pipeline_size
+from megatron_tw.config import DEFAULT_KEEP_LOGITS_MIB, RunConfig, check_config, virtual_pipeline_size
 from megatron_tw.data.loader import Loader, RowOrder
 from megatron_tw.data.rows import TOKENIZER_DIR, TokenRows, check_rows
 from megatron_tw.data.scores import ScoreRows
@@ -115,10 +115,8 @@ class Run:
         model_options = config.model
         if model_options.loss_keep_logits_mib is None:
             # Forward cannot know which few targets sparse weights will choose; dense ones want every logit again.
-            sparse = any(
-                (getattr(stage.scheme, "sparsification", None) or 1.0) < 1.0 for stage in inputs.schedule.stages
-            )
-            model_options = replace(model_options, loss_keep_logits_mib=0 if sparse else 1024)
+            keep = 0 if inputs.schedule.leaves_targets_out else DEFAULT_KEEP_LOGITS_MIB
+            model_options = replace(model_options, loss_keep_logits_mib=keep)
         chunks = build_model(source.architecture, config.parallel, model_options, layout, device)
         if source.saved is None:
             source.fill(chunks, layout)

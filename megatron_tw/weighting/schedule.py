@@ -70,6 +70,12 @@ class WeightingSchedule:
         """Whether any step does; `at(step).needs_scorer` says which."""
         return any(stage.scheme.needs_scorer for stage in self.stages)
 
+    @property
+    def leaves_targets_out(self) -> bool:
+        """Whether a stage gives some targets no weight, by sparsification without interpolation."""
+        schemes = [stage.scheme for stage in self.stages if isinstance(stage.scheme, WeightingConfig)]
+        return any((scheme.sparsification or 1.0) < 1.0 and not scheme.interpolation for scheme in schemes)
+
 
 def parse_schedule(entries: ScheduleEntries, *, base: Weighting | None = None) -> WeightingSchedule:
     """The schedule of `--weighting-schedule`.
