@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_launch import ROOT, environment
 from test_scoring import BF16_RELATIVE
 from test_training import metrics_of, reference_data
 from tiny import SEQ_LENGTH, STRIDE, TINY_LLAMA, WINDOW
 
 __all__ = ["reference_data"]  # a fixture of test_training
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-ROOT = Path(__file__).resolve().parents[1]
 FP32_RELATIVE = 2e-3
 """cuBLAS and the attention kernels add in other orders than a CPU, and 12 updates amplify that."""
 SIZES = {"TP": "--tensor-model-parallel-size", "PP": "--pipeline-model-parallel-size", "CP": "--context-parallel-size"}
@@ -30,7 +30,9 @@ def losses(data: Path, save: Path, *options: str, gpus: int = 1) -> np.ndarray:
         *("--weighting", "dense", "--short-window", str(WINDOW), "--short-stride", str(STRIDE), "--lr", "1e-3"),
         *options,
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return metrics_of(save)["lm_loss"]
 
