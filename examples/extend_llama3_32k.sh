@@ -39,6 +39,8 @@ else
     port="${MASTER_PORT:-$((29500 + ${SLURM_JOB_ID:-0} % 1000))}"  # jobs that share a node do not meet
     rendezvous=(--nnodes "$nodes" --node-rank "$node" --master-addr "$address" --master-port "$port")
 fi
+# A scheduler's SIGTERM: what a step and its checkpoint may take before the launcher kills its ranks, in seconds.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 exec "$python" -m torch.distributed.run --nproc-per-node "$ranks" "${rendezvous[@]}" "$here/extend_llama3_32k.sh" "$@"
 '''
 

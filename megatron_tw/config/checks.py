@@ -34,6 +34,7 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
     check_checkpoint(config.checkpoint, config.model, config.train)
     _at_least(1, train_iters=config.train.train_iters, micro_batch_size=config.train.micro_batch_size)
     _at_least(1, global_batch_size=config.train.global_batch_size, exit_interval=config.train.exit_interval)
+    _at_least(1, exit_duration_in_mins=config.train.exit_duration_in_mins)
     _at_least(1, eval_interval=config.train.eval_interval, eval_iters=config.train.eval_iters)
     _require(
         (config.train.eval_interval is None) == (config.data.valid_data_path is None),
@@ -224,8 +225,13 @@ def check_checkpoint(checkpoint: CheckpointConfig, model: ModelConfig, train: Tr
         "--load-hf or --load: expected a model to start from, got neither",
     )
     _at_least(1, save_interval=checkpoint.save_interval)
-    for name, value in (("save_interval", checkpoint.save_interval), ("exit_interval", train.exit_interval)):
-        _require(value is None or checkpoint.save is not None, f"{flag(name)} {value}: expected --save with it")
+    for name, value in (
+        ("save_interval", checkpoint.save_interval),
+        ("exit_interval", train.exit_interval),
+        ("exit_duration_in_mins", train.exit_duration_in_mins),
+        ("exit_signal_handler", train.exit_signal_handler or None),
+    ):
+        _require(value is None or checkpoint.save is not None, f"{flag(name)}: expected --save with it")
     for name, other in (("load_hf", model.load_hf), ("save", checkpoint.save), ("load", checkpoint.load)):
         if checkpoint.save_hf is not None and other is not None:
             _require(

@@ -122,6 +122,10 @@ class TrainConfig:
     """Global batches of held-out rows of one such report (null: all rows)."""
     exit_interval: int | None = None
     """Stop, with a checkpoint, after an iteration that this divides."""
+    exit_duration_in_mins: int | None = None
+    """Stop, with a checkpoint, after the step in which so many minutes of training are over."""
+    exit_signal_handler: bool = False
+    """On SIGTERM, finish the step and stop, with a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)

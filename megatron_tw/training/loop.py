@@ -12,6 +12,7 @@ from megatron_tw.model.build import build_model, check_export_target, save_hf
 from megatron_tw.parallel.devices import Device, peak_memory_bytes, prepare_device
 from megatron_tw.parallel.layout import Layout, make_layout, start_process_group
 from megatron_tw.runtime.checkpoint import RunState, check_save_target, save_checkpoint
+from megatron_tw.runtime.exits import Exits
 from megatron_tw.runtime.metrics import MetricsLog
 from megatron_tw.runtime.optimizer import make_optimizer, make_scheduler, wrap_for_training
 from megatron_tw.runtime.source import ModelSource, open_source
@@ -180,24 +181,27 @@ class Run:
         config, last = self.config, self.config.train.train_iters
         log = self._open_log()
         try:
-            while self.iteration < last:
-                metrics = self.step(next(self.loader), self.iteration)
-                self.iteration += 1
-                if self.validation is not None and (
-                    self.iteration % self.validation.interval == 0 or self.iteration == last
-                ):
-                    metrics |= self.validation.metrics(self.step.model)
-                if log is not None:
-                    log.write(self._with_run_metrics(metrics))
-                exits = bool(config.train.exit_interval) and self.iteration % (config.train.exit_interval or 1) == 0
-                interval = config.checkpoint.save_interval
-                due = bool(interval) and self.iteration % (interval or 1) == 0
-                if config.checkpoint.save is not None and (due or exits or self.iteration == last):
-                    directory = self._save()
+            with Exits(config.train, self.step.device) as exits:
+                while self.iteration < last:
+                    metrics = self.step(next(self.loader), self.iteration)
+                    self.iteration += 1
+                    if self.validation is not None and (
+                        self.iteration % self.validation.interval == 0 or self.iteration == last
+                    ):
+                        metrics |= self.validation.metrics(self.step.model)
                     if log is not None:
-                        log.say(f"checkpoint: {directory}")
-                if exits:
-                    break
+                        log.write(self._with_run_metrics(metrics))
+                    reason = exits.reason(self.iteration)
+                    interval = config.checkpoint.save_interval
+                    due = interval is not None and self.iteration % interval == 0
+                    if config.checkpoint.save is not None and (due or reason or self.iteration == last):
+                        directory = self._save()
+                        if log is not None:
+                            log.say(f"checkpoint: {directory}")
+                    if reason:
+                        if log is not None:
+                            log.say(f"stopped after step {self.iteration} of {last}: {reason}")
+                        break
         finally:
             if log is not None:
                 log.close()

@@ -1,0 +1,79 @@
+"""Runs that end before their last step: all ranks together, with a checkpoint from which the run goes on."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_training import DENSE, METRICS, metrics_of, options, reference_data, run_all
+from tiny import Axes, layout_of, release
+
+from megatron_tw.config import CheckpointConfig, RunConfig, TrainConfig
+from megatron_tw.parallel.devices import Device, prepare_device
+from megatron_tw.runtime.exits import Exits
+from megatron_tw.training.loop import Run, open_inputs
+
+__all__ = ["reference_data"]  # a fixture of test_training
+AXES = Axes(pp=2)
+
+
+def run_with_signal(config: RunConfig) -> None:
+    """On a rank: a run in whose third step rank 1, and no other, is sent SIGTERM."""
+    inputs = open_inputs(config)
+    with layout_of(AXES) as layout:
+        run = Run.start(config, inputs, layout, prepare_device())
+
+        def send(*_) -> None:
+            if run.iteration == 2 and layout.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        run.chunks[0].register_forward_pre_hook(send)
+        run.train()
+        release(run.step.model)
+
+
+def reasons_when_time_is_over(config: TrainConfig) -> list[str | None]:
+    """On a rank: the reasons to stop before and after rank 1, and no other, finds that a minute is over."""
+    with Exits(config, prepare_device()) as exits:
+        before = exits.reason(1)
+        if dist.get_rank() == 1:
+            exits._started -= 60
+        return [before, exits.reason(2)]
+
+
+def test_a_signal_ends_the_run_after_the_step(ranks, reference_data, tmp_path):
+    def config(save: Path) -> RunConfig:
+        return options(
+            AXES,
+            reference_data,
+            weighting=DENSE,
+            train=TrainConfig(train_iters=5, global_batch_size=2, exit_signal_handler=True),
+            checkpoint=CheckpointConfig(save=str(save), load=str(save)),
+        )
+
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    pool = ranks(AXES.world_size)
+    pool.run(run_all, [config(straight)])
+    pool.run(run_with_signal, config(stopped))
+    assert metrics_of(stopped)["iteration"].tolist() == [1, 2, 3]
+    assert (stopped / "iter_0000003").is_dir()
+    pool.run(run_all, [config(stopped)])
+    resumed, expected = metrics_of(stopped), metrics_of(straight)
+    for key in METRICS:
+        assert resumed[key].tolist() == expected[key].tolist(), key
+
+
+def test_when_time_is_over_all_ranks_stop(ranks):
+    config = TrainConfig(train_iters=5, exit_duration_in_mins=1)
+    assert ranks(2).run(reasons_when_time_is_over, config) == 2 * [[None, "--exit-duration-in-mins 1"]]
+
+
+@pytest.mark.parametrize("handled", [True, False])
+def test_the_signal_means_what_it_did_once_the_run_is_over(handled):
+    before = signal.getsignal(signal.SIGTERM)
+    device = Device("cpu", "gloo", torch.device("cpu"))
+    with Exits(TrainConfig(train_iters=5, exit_signal_handler=handled), device):
+        assert (signal.getsignal(signal.SIGTERM) == before) != handled
+    assert signal.getsignal(signal.SIGTERM) == before
