@@ -88,7 +88,7 @@ extend() { # extend NAME OPTION...
         "${launch[@]}" 4 tools/train.py --load-hf "$output/train/base/hf" --data-path "$output/rows/long" --seq-length $N \
         --tensor-model-parallel-size 2 --context-parallel-size 2 --rotary-base $rope \
         --micro-batch-size $rows --global-batch-size $rows --train-iters $steps --lr $lr --lr-decay-style cosine \
-        --lr-warmup-iters $((steps / 10)) \
+        --lr-warmup-iters $((steps / 10)) --valid-data-path "$output/rows/heldout" --eval-interval $((steps / 4)) --eval-iters 4 \
         --save "$output/train/$name/run" --save-hf "$output/train/$name/hf" "$@"
 }
 scorer=(--scorer unfrozen --short-window $n --short-stride $stride)
