@@ -99,11 +99,16 @@ def check_parallel(parallel: ParallelConfig, world_size: int | None = None) -> N
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         num_layers_per_virtual_pipeline_stage=parallel.num_layers_per_virtual_pipeline_stage,
+        ddp_bucket_size=parallel.ddp_bucket_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
     _require(
         parallel.num_layers_per_virtual_pipeline_stage is None or parallel.pipeline_model_parallel_size > 1,
         "--num-layers-per-virtual-pipeline-stage: expected a --pipeline-model-parallel-size above 1 with it, got 1",
+    )
+    _require(
+        parallel.overlap_grad_reduce or parallel.ddp_bucket_size is None,
+        "--ddp-bucket-size: expected --overlap-grad-reduce with it",
     )
     _require(
         parallel.overlap_grad_reduce or not parallel.overlap_param_gather,

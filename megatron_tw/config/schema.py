@@ -33,6 +33,9 @@ class ParallelConfig:
     """Reduce gradients while the backward pass still runs."""
     overlap_param_gather: bool = False
     """Gather updated weights while the next forward pass runs (needs --overlap-grad-reduce)."""
+    ddp_bucket_size: int | None = None
+    """Parameters whose gradients are reduced at a time under --overlap-grad-reduce (null: Megatron-Core's default, 40
+    million or a million for each data- and context-parallel rank)."""
     distributed_timeout_minutes: int = 10
     """Minutes after which a collective that hangs ends the run."""
 

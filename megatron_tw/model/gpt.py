@@ -66,6 +66,8 @@ class TokenWeightedGPT(GPTModel):
 
     def head_weight(self) -> Tensor:
         """The output projection [V / TP, hidden] of this rank: the embedding's own weight where they are tied."""
+        for hook in self.output_layer._forward_pre_hooks.values():
+            hook(self.output_layer, ())  # used without a call of the module: --overlap-param-gather waits here for it
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight

@@ -1,9 +1,7 @@
 """CPU or GPU, decided once: `prepare_device` is the only code of the project that asks.
 
 On GPUs Megatron-Core runs as it is. On CPU ranks (gloo) a handful of its calls into `torch.cuda` are given their CPU
-meaning.
-Where neither Transformer Engine nor Apex is installed, on either device, Megatron-Core falls back to torch's AdamW
-and mishandles that optimizer's step count on reload; `mend_adamw_fallback` repairs this. Nothing else is patched.
+meaning. On both, faults of its distributed optimizer are mended (mends.py). Nothing else is patched.
 """
 
 import functools
@@ -14,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from megatron_tw.parallel.mends import mend_megatron
 
 KNOWN_MEGATRON_CORE = ("0.16.1",)
 """Versions of Megatron-Core whose internals, touched below, were read and tried."""
@@ -60,7 +60,7 @@ def prepare_device() -> Device:
     else:
         adapt_megatron_to_cpu()
         _prepared = Device("cpu", "gloo", torch.device("cpu"))
-    mend_adamw_fallback()
+    mend_megatron()
     return _prepared
 
 
@@ -140,54 +140,3 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
         return factory(*args, **kwargs)
 
     return create
-
-
-def mend_adamw_fallback() -> None:
-    """Make the distributed optimizer save and reload torch's AdamW, where Transformer Engine and Apex are both absent.
-
-    Three faults in Megatron-Core: it reads `step` before a first step has made it (loading into a fresh optimizer
-    fails); parameter states are copied without `step`, which the torch optimizer has (KeyError); and after a reload all
-    parameters share one `step` tensor, which then counts once per parameter.
-    """
-    from megatron.core import optimizer as megatron_optimizer
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    if not megatron_optimizer.USING_PYTORCH_OPTIMIZER or hasattr(DistributedOptimizer, "_megatron_tw_mended"):
-        return
-    DistributedOptimizer._megatron_tw_mended = True
-    state_dict = DistributedOptimizer.state_dict
-    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
-    load_state_dict = DistributedOptimizer.load_state_dict
-
-    @functools.wraps(state_dict)
-    def state_dict_from_the_start(self):  # type: ignore[no-untyped-def]
-        for group in self.optimizer.param_groups:
-            for param in group["params"]:
-                state = self.optimizer.state[param]
-                if not state:  # as torch.optim.AdamW makes it in its first step
-                    state["step"] = torch.zeros((), dtype=torch.float32)
-                    state["exp_avg"] = torch.zeros_like(param)
-                    state["exp_avg_sq"] = torch.zeros_like(param)
-        return state_dict(self)
-
-    @functools.wraps(set_states)
-    def set_states_without_step(self, model_param, tensors):  # type: ignore[no-untyped-def]
-        group_index, group_order = self.model_param_group_index_map[model_param]
-        main_param = self.optimizer.param_groups[group_index]["params"][group_order]
-        state = self.optimizer.state[main_param]
-        step = state.pop("step")
-        try:
-            set_states(self, model_param, tensors)
-        finally:
-            state["step"] = step
-
-    @functools.wraps(load_state_dict)
-    def load_with_own_steps(self, state_dict):  # type: ignore[no-untyped-def]
-        load_state_dict(self, state_dict)
-        for state in self.optimizer.state.values():
-            if "step" in state:
-                state["step"] = state["step"].clone()
-
-    DistributedOptimizer.state_dict = state_dict_from_the_start
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_states_without_step
-    DistributedOptimizer.load_state_dict = load_with_own_steps

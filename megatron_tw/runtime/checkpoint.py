@@ -32,8 +32,12 @@ from megatron_tw.parallel.layout import Layout
 
 FORMAT_VERSION = 1
 TRACKER = "latest_checkpointed_iteration.txt"
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
-"""Optimizer state in the shape of the parameters, so that another layout can read it."""
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+}
+"""Optimizer state in the shape of the parameters, so that another layout can read it; gathered on the host of one
+data-parallel rank, which needs 12 bytes for each parameter of its tensor- and pipeline-parallel shard."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,17 @@
 """The model made ready to train: precision and data-parallel wrappers, the distributed AdamW, the learning-rate
 schedule."""
 
+import math
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
-from megatron_tw.config import RunConfig
+from megatron_tw.config import OptimizationConfig, RunConfig
 from megatron_tw.model.gpt import TokenWeightedGPT
 
 
@@ -24,6 +26,7 @@ def wrap_for_training(chunks: Sequence[TokenWeightedGPT], config: RunConfig) -> 
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        bucket_size=parallel.ddp_bucket_size,
         use_distributed_optimizer=True,
     )
     model = []
@@ -53,17 +56,39 @@ def make_optimizer(model: Sequence[DistributedDataParallel], config: RunConfig) 
             adam_beta1=options.adam_beta1,
             adam_beta2=options.adam_beta2,
             adam_eps=options.adam_eps,
-            clip_grad=options.clip_grad,
+            clip_grad=options.clip_grad or math.inf,  # 0 would leave the norm out of the metrics too
             bf16=config.model.bf16,
             params_dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
             use_distributed_optimizer=True,
             overlap_param_gather=config.parallel.overlap_param_gather,
         ),
         list(model),
-        use_gloo_process_groups=False,
+        use_gloo_process_groups=dist.get_backend() != "gloo",
     )
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        part.data_parallel_group_gloo = part.data_parallel_group_gloo or part.data_parallel_group
     model[0].config.grad_scale_func = optimizer.scale_loss
     return optimizer
+
+
+def use_options(optimizer: MegatronOptimizer, options: OptimizationConfig) -> None:
+    """Give the parameter groups this run's numbers: a checkpoint's came with its optimizer state."""
+    for group in optimizer.param_groups:
+        group.update(
+            max_lr=options.lr,
+            min_lr=options.min_lr,
+            betas=(options.adam_beta1, options.adam_beta2),
+            eps=options.adam_eps,
+        )
+
+
+def gather_weights(model: Sequence[DistributedDataParallel]) -> None:
+    """Make the weights of all ranks whole: --overlap-param-gather leaves that to the next forward pass. Collective
+    over data- and context-parallel ranks."""
+    for chunk in model:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.disable_forward_pre_hook(param_sync=True)
+            chunk.enable_forward_pre_hook()
 
 
 def make_scheduler(optimizer: MegatronOptimizer, config: RunConfig) -> OptimizerParamScheduler:

@@ -37,7 +37,7 @@ HASHED_AT_ONCE = 1 << 26
 
 def score_tokens(config: ScoringConfig) -> Path:
     """Score all rows of --data-path with the model of --load-hf, going on where an earlier run stopped, and return the
-    folder of the scores. Does nothing if they are finished.
+    folder of the scores, which is there when rank 0 returns. Does nothing if they are finished.
 
     Called on every rank of the launcher's world; the output is on storage that all ranks share.
 
@@ -99,8 +99,7 @@ def score_tokens(config: ScoringConfig) -> Path:
     _score_parts(parts, rows, chunks, scorer, layout, rows_at_once, device.device)
     dist.barrier()  # all parts are there
     if layout.rank == 0:
-        parts.complete(rows)
-    dist.barrier()  # the scores are where every rank may say they are
+        parts.complete(rows)  # the others do not wait: with many rows this takes longer than a collective may
     return parts.output
 
 

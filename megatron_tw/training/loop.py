@@ -14,7 +14,13 @@ from megatron_tw.parallel.layout import Layout, make_layout, start_process_group
 from megatron_tw.runtime.checkpoint import RunState, check_save_target, save_checkpoint
 from megatron_tw.runtime.exits import Exits
 from megatron_tw.runtime.metrics import MetricsLog
-from megatron_tw.runtime.optimizer import make_optimizer, make_scheduler, wrap_for_training
+from megatron_tw.runtime.optimizer import (
+    gather_weights,
+    make_optimizer,
+    make_scheduler,
+    use_options,
+    wrap_for_training,
+)
 from megatron_tw.runtime.source import ModelSource, open_source
 from megatron_tw.training.report import StepReport
 from megatron_tw.training.scorers import make_scorer, open_scores
@@ -146,9 +152,13 @@ class Run:
         iteration = 0
         if source.saved is not None:
             source.fill(chunks, layout, optimizer, scheduler, scorer)
+            if scorer is not None and not source.saved.scorer_state:
+                scorer.start_over()
             if source.saved.weights_only:
                 optimizer.reload_model_params()
             else:
+                use_options(optimizer, config.optimizer)
+                scheduler.step(increment=0)
                 loader.load_state_dict(source.saved.state.loader)
                 iteration = source.saved.state.iteration
         old_context = config.scorer.short_window or source.architecture.max_position_embeddings
@@ -206,6 +216,7 @@ class Run:
             if log is not None:
                 log.close()
         if config.checkpoint.save_hf is not None and self.iteration == last:
+            gather_weights(self.step.model)
             save_hf(
                 self.chunks,
                 config.checkpoint.save_hf,
@@ -250,6 +261,7 @@ class Run:
         }
 
     def _save(self) -> Path:
+        gather_weights(self.step.model)
         state = RunState(
             iteration=self.iteration,
             consumed_samples=self.loader.consumed_samples,

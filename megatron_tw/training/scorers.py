@@ -43,6 +43,9 @@ class Scorer(Protocol):
     def after_update(self) -> None:
         """The model in training has just been updated."""
 
+    def start_over(self) -> None:
+        """The model has just been loaded from a checkpoint that holds nothing of this scorer."""
+
     def sharded_state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the scorer (megatron.core.dist_checkpointing); empty for most."""
 
@@ -57,6 +60,9 @@ class _Stateless:
         return short_RT
 
     def after_update(self) -> None:
+        pass
+
+    def start_over(self) -> None:
         pass
 
     def sharded_state(self) -> dict[str, Any]:
@@ -164,6 +170,11 @@ class EmaScorer(_Stateless):
     def after_update(self) -> None:
         for parameter, average in self.average.items():
             average.lerp_(parameter.detach().float(), 1.0 - self.decay)
+
+    @torch.no_grad()
+    def start_over(self) -> None:
+        for parameter, average in self.average.items():
+            average.copy_(parameter)
 
     @contextmanager
     def _in_place_of_the_weights(self) -> Iterator[None]:

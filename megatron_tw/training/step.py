@@ -9,6 +9,7 @@ micro-batch.
          global count
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -69,7 +70,8 @@ class TrainingStep:
         scoring_seconds, step_seconds, tokens.
 
         Raises:
-            ValueError: a NaN or infinite NLL, before the optimizer sees it; on every rank.
+            ValueError: a NaN or infinite NLL, before the optimizer sees it; or gradients that are, after it; on every
+                rank.
         """
         synchronize()
         started = time.perf_counter()
@@ -95,9 +97,12 @@ class TrainingStep:
         if nonfinite:
             self._raise_nonfinite(nonfinite)
         learning_rate = self.scheduler.get_lr(self.optimizer.param_groups[0])
-        updated, grad_norm, _ = self.optimizer.step()
-        if not updated:
-            raise ValueError("gradients: NaN or infinite; no update was made. A lower --lr or --clip-grad may help")
+        _, grad_norm, _ = self.optimizer.step()
+        if not math.isfinite(grad_norm):
+            raise ValueError(
+                f"gradients: a norm of {grad_norm} in step {iteration + 1}; the weights are lost, and nothing of this "
+                "step was saved. From the last checkpoint, a lower --lr or --truncation may help"
+            )
         self.scheduler.step(increment=1)
         if self.scorer is not None:
             self.scorer.after_update()

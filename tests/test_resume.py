@@ -1,0 +1,156 @@
+"""What a resumed run takes from its checkpoint and what from its options; and communication that overlaps computation,
+whose small buckets are padded and whose weights are gathered late."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_model import read_tensors
+from test_training import (
+    DENSE,
+    METRICS,
+    RELATIVE,
+    WINDOWS,
+    metrics_of,
+    options,
+    reference_data,
+    run_all,
+)
+from tiny import Axes, layout_of, release
+
+from megatron_tw.config import CheckpointConfig, OptimizationConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_tw.parallel.devices import prepare_device
+from megatron_tw.training.loop import Run, open_inputs
+from megatron_tw.training.scorers import EmaScorer
+
+__all__ = ["reference_data"]  # a fixture of test_training
+STEPS, STOP = 6, 3
+EMA = replace(WINDOWS, scorer="ema", scorer_ema_decay=0.9)
+
+
+def overlapping(axes: Axes) -> ParallelConfig:
+    """Several buckets, nearly all of them padded: none of the tiny Llama's sizes fills one."""
+    return replace(axes.parallel(), overlap_grad_reduce=True, overlap_param_gather=True, ddp_bucket_size=10_000)
+
+
+def run_of(axes: Axes, data: Path, save: Path, *, stop: int | None = None, **changes) -> RunConfig:
+    train = TrainConfig(train_iters=STEPS, global_batch_size=2, exit_interval=stop)
+    checkpoint = CheckpointConfig(save=str(save), load=str(save), save_hf=str(save) + "-hf")
+    return options(axes, data, **{"weighting": DENSE, "train": train, "checkpoint": checkpoint, **changes})
+
+
+def close(metrics: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    for key in METRICS:
+        np.testing.assert_allclose(metrics[key], expected[key], rtol=RELATIVE, atol=1e-6, err_msg=key)
+
+
+@pytest.fixture(scope="module")
+def straight(ranks, reference_data, tmp_path_factory) -> Path:
+    """A run of one rank, without a stop and without overlap."""
+    save = tmp_path_factory.mktemp("runs") / "straight"
+    ranks(1).run(run_all, [run_of(Axes(), reference_data, save)])
+    return save
+
+
+@pytest.mark.parametrize("axes", [Axes(dp=2), Axes(cp=2), Axes(pp=2, vpp_layers=1)], ids=lambda axes: axes.name)
+def test_overlapped_runs_learn_and_resume_alike(axes, straight, ranks, reference_data, tmp_path):
+    pool, overlap = ranks(axes.world_size), overlapping(axes)
+    pool.run(run_all, [run_of(axes, reference_data, tmp_path / "whole", parallel=overlap)])
+    whole = metrics_of(tmp_path / "whole")
+    close(whole, metrics_of(straight))
+    exported = [read_tensors(Path(f"{save}-hf")) for save in (straight, tmp_path / "whole")]
+    for name, tensor in exported[0].items():  # AdamW's steps of 1e-3 a weight: a weight of the step before would show
+        torch.testing.assert_close(exported[1][name], tensor, atol=2e-4, rtol=0, msg=name)
+    stopped = tmp_path / "stopped"
+    pool.run(run_all, [run_of(axes, reference_data, stopped, stop=STOP, parallel=overlap)])
+    pool.run(run_all, [run_of(axes, reference_data, stopped, parallel=overlap)])
+    resumed = metrics_of(stopped)
+    for key in METRICS:
+        assert resumed[key].tolist() == whole[key].tolist(), key
+
+
+def test_padded_buckets_are_read_by_another_layout(straight, ranks, reference_data, tmp_path):
+    before, save = Axes(dp=2), tmp_path / "run"
+    config = run_of(before, reference_data, save, stop=STOP, parallel=overlapping(before))
+    ranks(2).run(run_all, [config])
+    ranks(1).run(run_all, [run_of(Axes(), reference_data, save)])
+    close(metrics_of(save), metrics_of(straight))
+
+
+def test_this_runs_options_win_over_the_checkpoints(ranks, reference_data, tmp_path):
+    first, then = (
+        OptimizationConfig(lr=lr, adam_beta2=beta2, adam_eps=eps, weight_decay=decay)
+        for lr, beta2, eps, decay in ((1e-3, 0.95, 1e-8, 0.01), (5e-4, 0.99, 1e-6, 0.1))
+    )
+    save = tmp_path / "run"
+    ranks(1).run(run_all, [run_of(Axes(), reference_data, save, stop=STOP, optimizer=first)])
+    resumed = run_of(Axes(), reference_data, save, optimizer=then)
+    [groups] = ranks(1).run(groups_after_loading, resumed)
+    for group in groups:
+        assert group == {"lr": 5e-4, "max_lr": 5e-4, "betas": (0.9, 0.99), "eps": 1e-6, "decay": group["decay"]}
+    assert {group["decay"] for group in groups} == {0.1, 0.0}
+    ranks(1).run(run_all, [resumed])
+    assert metrics_of(save)["learning_rate"].tolist() == STOP * [1e-3] + (STEPS - STOP) * [5e-4]
+
+
+def groups_after_loading(config: RunConfig) -> list[dict]:
+    """On a rank: the optimizer's numbers by parameter group."""
+    inputs = open_inputs(config)
+    with layout_of(Axes()) as layout:
+        run = Run.start(config, inputs, layout, prepare_device())
+        names = {"lr": "lr", "max_lr": "max_lr", "betas": "betas", "eps": "eps", "decay": "weight_decay"}
+        groups = [{ours: group[theirs] for ours, theirs in names.items()} for group in run.step.optimizer.param_groups]
+        release(run.step.model)
+    return groups
+
+
+def average_less_weights(config: RunConfig) -> float:
+    """On a rank: how far the moving average is from the model that was just loaded, at most."""
+    inputs = open_inputs(config)
+    with layout_of(Axes()) as layout:
+        run = Run.start(config, inputs, layout, prepare_device())
+        assert isinstance(run.step.scorer, EmaScorer)
+        distance = max(float((average - weight).abs().max()) for weight, average in run.step.scorer.average.items())
+        release(run.step.model)
+    return distance
+
+
+def test_a_moving_average_begins_at_the_loaded_weights(ranks, reference_data, tmp_path):
+    """The checkpoint is of a run with another scorer."""
+    save = tmp_path / "run"
+    ranks(1).run(run_all, [run_of(Axes(), reference_data, save, stop=STOP)])
+    assert ranks(1).run(average_less_weights, run_of(Axes(), reference_data, save, scorer=EMA)) == [0.0]
+    own = tmp_path / "own"
+    ranks(1).run(run_all, [run_of(Axes(), reference_data, own, stop=STOP, scorer=EMA)])
+    [distance] = ranks(1).run(average_less_weights, run_of(Axes(), reference_data, own, scorer=EMA))
+    assert 0 < distance < 0.1
+
+
+def infinite_gradient(config: RunConfig) -> str:
+    """On a rank: the error of a run in whose second step one gradient is infinite, on the first pipeline stage."""
+    inputs = open_inputs(config)
+    with layout_of(Axes(pp=2)) as layout:
+        run = Run.start(config, inputs, layout, prepare_device())
+        weight = next(run.chunks[0].decoder.parameters())
+        weight.register_hook(lambda grad: grad / 0.0 if run.iteration == 1 and layout.pp_rank == 0 else grad)
+        try:
+            run.train()
+        except ValueError as error:
+            return str(error)
+        finally:
+            release(run.step.model)
+    return "no error"
+
+
+def test_gradients_that_are_not_finite_end_the_run_before_it_is_saved(ranks, reference_data, tmp_path):
+    save = tmp_path / "run"
+    checkpoint = CheckpointConfig(save=str(save), load=str(save), save_interval=1)
+    config = run_of(Axes(pp=2), reference_data, save, checkpoint=checkpoint)
+    for error in ranks(2).run(infinite_gradient, config):
+        assert "gradients: a norm of" in error
+        assert "in step 2" in error
+    assert json.loads((save / "latest_checkpointed_iteration.txt").read_text()) == 1
+    assert metrics_of(save)["iteration"].tolist() == [1]
