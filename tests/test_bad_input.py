@@ -4,16 +4,20 @@ lost."""
 import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from test_scores import word_tokenizer
 from tiny import BOS, SEQ_LENGTH, TINY_LLAMA, prepare_ready_rows, reference_rows
 
+from megatron_tw.data.prepare import prepare_rows
 from megatron_tw.parallel.layout import destroy_layout
-from tools import convert_checkpoint, evaluate, train
+from tools import convert_checkpoint, evaluate, score_tokens, train
 
-TOOLS = {"train": train, "evaluate": evaluate, "convert": convert_checkpoint}
+DENSE = ["--weighting", "dense", "--short-window", "64"]
+TOOLS = {"score": score_tokens, "train": train, "evaluate": evaluate, "convert": convert_checkpoint}
 
 
 def run_tool(tool: str, argv: list[str]) -> tuple[int, str]:
@@ -68,10 +72,18 @@ def finished_run(world, ranks) -> Path:
         (["--weighting", "dense", "--short-window", "64", "--short-stride", "60"], "--min-short-context"),
         (["--weighting", "dense", "--short-window", "64", "--scorer", "frozen"], "--scorer frozen"),
         (["--weighting", "custom", "--short-window", "64", "--transforms", "sqrt"], "'sqrt'"),
+        (["--weighting-schedule", "0: dense", "--short-window", "64", "--scorer", "frozen"], "--scorer frozen"),
+        (["--weighting-schedule", "0: uniform; 3: dense"], "--short-window"),
+        (["--weighting", "exact", "--tau", "256"], "--tau"),
         (["--weighting", "sparse", "--short-window", "64", "--sparsification", "0"], "--sparsification"),
         (["--weighting", "ppmi", "--short-window", "64", "--shift", "0"], "--shift"),
-        (["--valid-data-path", "{short}", "--eval-interval", "5"], "rows of 64 tokens, --seq-length 256"),
-        (["--weighting", "dens", "--short-window", "64"], "'dens'"),
+        (["--valid-data-path", "{short}", "--eval-interval", "5"], "--valid-data-path: {short}: dataset rows of 64"),
+        (
+            [*["--weighting", "dense", "--short-window", "64", "--scorer", "frozen", "--scorer-hf"], "{folder}"],
+            "--scorer-hf {folder}",
+        ),
+        (["--bos-id", "320"], "--bos-id: expected an id of the vocabulary, 0 to 319, got 320"),
+        (["--weighting", "dens", "--short-window", "64"], "got dens"),
         (["--weighting", "dense", "--short-window", "64", "--interpolation", "1.5"], "--interpolation"),
         (["--seq-lenght", "256"], "--seq-length"),
         (["--transformer-impl", "transformer_engine"], "--transformer-impl"),
@@ -83,8 +95,70 @@ def test_train(changes, message, world, ranks):
     argv = arguments(world, *(change.format(**world) for change in changes))
     status, stderr = ranks(1).run(run_tool, "train", argv)[0]
     assert status == 2
-    assert message in stderr
+    assert message.format(**world) in stderr
     assert len(stderr.strip().splitlines()) == 1, stderr
+
+
+@pytest.mark.parametrize(
+    ("tool", "changes", "message"),
+    [
+        ("evaluate", ["--load", "{folder}"], "--load {folder}: holds no checkpoint"),
+        ("evaluate", ["--short-window", "256"], "--short-window: expected less than 256"),
+        ("evaluate", ["--short-window", "64", "--scorer", "ema"], "--scorer ema"),
+        ("evaluate", ["--micro-batch-size", "0"], "--micro-batch-size: expected 1 or more, got 0"),
+        ("evaluate", ["--eval-rows", "0"], "--eval-rows: expected 1 or more, got 0"),
+        ("evaluate", ["--key-tokens", "{folder}"], "evaluation.json is missing"),
+        ("evaluate", ["--bos-id", "-7"], "--bos-id"),
+        ("evaluate", ["--rotary-base", "-5"], "--rotary-base"),
+        ("score", ["--recompute-granularity", "full"], "--recompute-method"),
+        ("score", ["--make-vocab-size-divisible-by", "0"], "--make-vocab-size-divisible-by"),
+        ("score", ["--load-hf", "null"], "--load-hf: expected the Hugging Face folder of the scorer"),
+        ("score", ["--short-window", "300"], "--short-window: expected 2 to 256"),
+    ],
+)
+def test_evaluation_and_scoring(tool, changes, message, world, ranks, tmp_path):
+    own = ["--seq-length", "256"] if tool == "evaluate" else []
+    argv = ["--load-hf", str(TINY_LLAMA), "--data-path", str(world["data"]), "--short-window", "64", *own]
+    argv += ["--output", str(tmp_path / "out"), *(change.format(**world) for change in changes)]
+    status, stderr = ranks(1).run(run_tool, tool, argv)[0]
+    assert status == 2
+    assert message.format(**world) in stderr
+    assert len(stderr.strip().splitlines()) == 1, stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_of_another_tokenizer(world, ranks, tmp_path):
+    """As the model in training, the second model of a live scorer, the evaluated model, and the held-out rows."""
+    words = ["<s>", "a", "b", "c"]
+    ours, theirs = (word_tokenizer(tmp_path / name, order, "<s>") for name, order in (("a", words), ("b", words[::-1])))
+    (tmp_path / "text.txt").write_text("a b c " * 400)
+    for name, folder in (("ours", ours), ("theirs", theirs)):
+        rows = tmp_path / f"rows_of_{name}"
+        prepare_rows([tmp_path / "text.txt"], rows, seq_length=SEQ_LENGTH, tokenizer=folder)
+    model = tmp_path / "model"
+    shutil.copytree(TINY_LLAMA, model)
+    for file in theirs.iterdir():
+        shutil.copy(file, model)
+    rows, other = str(tmp_path / "rows_of_ours"), str(tmp_path / "rows_of_theirs")
+    common = ["--data-path", rows, "--seq-length", str(SEQ_LENGTH)]
+    tiny = ["--load-hf", str(TINY_LLAMA), "--train-iters", "1"]
+    for tool, argv, message in (
+        ("train", ["--load-hf", str(model), "--train-iters", "1"], "a model with another vocabulary"),
+        (
+            "train",
+            [*tiny, *DENSE, "--scorer", "frozen", "--scorer-hf", str(model)],
+            "a scorer with",
+        ),
+        (
+            "train",
+            [*tiny, "--valid-data-path", other, "--eval-interval", "1"],
+            "another tokenizer",
+        ),
+        ("evaluate", ["--load-hf", str(model), "--output", str(tmp_path / "out")], "a model with another vocabulary"),
+    ):
+        status, stderr = ranks(1).run(run_tool, tool, [*argv, *common])[0]
+        assert status == 2, argv
+        assert message in stderr
 
 
 def test_heads_and_layers_that_do_not_divide(world, ranks, tmp_path):
@@ -166,7 +240,7 @@ def test_convert_and_evaluate(finished_run, world, ranks, tmp_path):
     for name, source in {
         "trained": ["--load", str(finished_run)],
         "exported": ["--load-hf", str(tmp_path / "hf")],
-        "imported": ["--load", str(tmp_path / "run")],
+        "imported": ["--load", str(tmp_path / "run" / "iter_0000000")],  # a checkpoint of a run
     }.items():
         status, stderr = pool.run(run_tool, "evaluate", [*source, *where, "--output", str(tmp_path / name)])[0]
         assert status == 0, stderr

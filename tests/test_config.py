@@ -14,7 +14,7 @@ import megatron_tw.config.errors as errors
 from megatron_tw.config import (
     ParallelConfig,
     RunConfig,
-    describe_difference,
+    differences,
     load_config,
     load_options,
     parse_options,
@@ -22,6 +22,7 @@ from megatron_tw.config import (
     user_errors,
 )
 from megatron_tw.config.options import groups_of
+from megatron_tw.weighting import parse_schedule
 
 REQUIRED = ["--data-path", "rows", "--seq-length", "256", "--train-iters", "3", "--load-hf", "model"]
 
@@ -213,9 +214,11 @@ def test_saved_options_read_back_equal(tmp_path: Path) -> None:
     assert parse_options(["--config", str(tmp_path / "options.yaml")], RunConfig) == config
 
 
-def test_difference_names_what_differs() -> None:
-    assert describe_difference(parse(), parse()) == ""
-    assert describe_difference(parse(), parse("--lr", "1e-3", "--bf16")) == "bf16: False -> True\nlr: 2e-05 -> 0.001"
+def test_difference_names_what_differs(tmp_path: Path) -> None:
+    save_config(parse(), tmp_path / "config.yaml")
+    assert differences(tmp_path / "config.yaml", parse()) == []
+    now = parse("--lr", "1e-3", "--bf16")
+    assert differences(tmp_path / "config.yaml", now) == ["bf16: False -> True", "lr: 2e-05 -> 0.001"]
 
 
 # ---- what follows from them ----
@@ -233,3 +236,22 @@ def test_options_need_no_torch() -> None:
         "import sys, megatron_tw.config; sys.exit(any(m in sys.modules for m in ('torch', 'megatron.core', 'numpy')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        "\n  - 0: uniform\n  - 100 linear: dense interpolation=0.75  # all the way from 0\n  - 300: sparse\n",
+        "\n  0: uniform\n  100 linear: dense interpolation=0.75\n  300: sparse\n",
+        '\n  - "0: uniform"\n  - "100 linear: dense interpolation=0.75"\n  - "300: sparse"\n',
+        " >-\n  0: uniform;\n  100 linear: dense interpolation=0.75;\n  300: sparse\n",
+    ],
+)
+def test_a_schedule_in_yaml(stages: str, tmp_path: Path) -> None:
+    file = write(tmp_path, f"seq_length: 512\nweighting_schedule:{stages}lr: 3e-4\n")
+    config = parse("--config", str(file))
+    expected = parse_schedule("0: uniform; 100 linear: dense interpolation=0.75; 300: sparse")
+    assert config.weighting.weighting_schedule is not None
+    assert parse_schedule(config.weighting.weighting_schedule) == expected
+    assert config.optimizer.lr == 3e-4
+    assert parse("--config", str(file), "--weighting-schedule", "0: sparse").weighting.weighting_schedule == "0: sparse"

@@ -22,6 +22,7 @@ from megatron_tw.config import (
     TrainConfig,
     check_config,
     check_model_shape,
+    check_own_windows,
     check_windows,
     data_parallel_size,
     num_microbatches,
@@ -52,6 +53,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"context_parallel_size": 0}, "--context-parallel-size: expected 1 or more"),
     ({"distributed_timeout_minutes": 0}, "--distributed-timeout-minutes: expected 1 or more"),
     ({"num_layers_per_virtual_pipeline_stage": 1}, "--pipeline-model-parallel-size above 1"),
+    ({"ddp_bucket_size": 10**6}, "--ddp-bucket-size: expected --overlap-grad-reduce"),
     ({"overlap_param_gather": True}, "--overlap-param-gather: expected --overlap-grad-reduce"),
     (
         {"context_parallel_size": 4, "cp_comm_type": "a2a+p2p"},
@@ -70,8 +72,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"seq_length": 264, "tensor_model_parallel_size": 8, "context_parallel_size": 2},
         "--seq-length: expected a multiple of 16 for --context-parallel-size 2",
     ),
-    ({"weighting": "dense"}, "--short-window: --weighting dense needs"),
-    ({"weighting": "custom"}, "--short-window: --weighting custom needs"),
+    ({"weighting": "dense"}, "--short-window: the weighting needs"),
+    ({"weighting": "custom"}, "--short-window: the weighting needs"),
     ({"short_stride": 3}, "--short-stride: expected --short-window"),
     (WINDOW | {"short_window": 1}, "--short-window: expected 2 to 256, the tokens of a row, got 1"),
     (WINDOW | {"short_window": 257}, "--short-window: expected 2 to 256, the tokens of a row, got 257"),
@@ -86,7 +88,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (WINDOW | {"min_short_context": 64}, "--min-short-context: expected 1 to 63"),
     (WINDOW | {"scoring_micro_batch": 0}, "--scoring-micro-batch: expected 1 or more"),
     (
-        {"scorer": "ema", "overlap_param_gather": True, "overlap_grad_reduce": True},
+        WINDOW | {"weighting": "dense", "scorer": "ema", "overlap_param_gather": True, "overlap_grad_reduce": True},
         "--overlap-param-gather: --scorer ema",
     ),
     ({"scorer_ema_decay": 1.5}, "--scorer-ema-decay: expected 0.0 to 1.0, got 1.5"),
@@ -94,6 +96,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"eval_interval": 5}, "--valid-data-path and --eval-interval: expected both or neither"),
     ({"valid_data_path": "held_out"}, "--valid-data-path and --eval-interval: expected both or neither"),
     ({"eval_iters": 5}, "--eval-iters 5: expected --eval-interval"),
+    (
+        WINDOW | {"short_window": 256},
+        "--short-window: expected less than 256, the tokens of a row, where a",
+    ),
+    (
+        WINDOW | {"scorer": "frozen", "scores": "scores", "weighting": "uniform"},
+        "--scorer frozen: the weighting uses no",
+    ),
     ({"scores": "scores"}, "--scores: is for --scorer frozen, got --scorer unfrozen"),
     ({"scorer": "ema", "scorer_hf": "hf"}, "--scorer-hf: is for --scorer frozen, got --scorer ema"),
     (WINDOW | {"weighting": "dense", "scorer": "frozen"}, "(live), got neither"),
@@ -180,7 +190,7 @@ BAD_FOR_RANKS: list[tuple[dict[str, Any], int, str]] = [
         {"sequence_parallel": True, "seq_length": 255},  # means nothing with TP 1
         WINDOW,
         WINDOW | {"short_stride": 48},
-        WINDOW | {"short_window": 256},
+        WINDOW | {"short_window": 256, "weighting": "dense", "scorer": "ema"},
         {"recompute_granularity": "selective"},
         {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
         {"lr_warmup_iters": 20},  # a short run of a recipe with a longer warm-up
@@ -227,6 +237,20 @@ BAD_FOR_MODEL: list[tuple[dict[str, Any], dict[str, int], str]] = [
         "--cp-comm-type a2a+p2p: shares the 1 key-value heads of a TP rank among 2 ranks",
     ),
 ]
+
+
+BAD_FOR_EVALUATION: list[tuple[dict[str, Any], str]] = [
+    ({"scorer": "ema"}, "--scorer ema: an evaluation's short contexts are the model's own"),
+    ({"scorer": "frozen", "scores": "scores"}, "--scores: an evaluation's short contexts"),
+    ({"short_stride": 5}, "--short-stride: expected --short-window with it"),
+    ({"short_window": 256}, "--short-window: expected less than 256"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_FOR_EVALUATION)
+def test_checks_of_an_evaluations_windows(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_own_windows(ScorerConfig(**options), 256)
 
 
 @pytest.mark.parametrize(
@@ -281,6 +305,7 @@ def test_every_check_is_tested() -> None:
     cases = [partial(check_config, with_options(**options)) for options, _ in BAD]
     cases += [partial(check_config, with_options(**options), ranks) for options, ranks, _ in BAD_FOR_RANKS]
     cases += [partial(check_model_shape, ParallelConfig(**o), **MODEL | shape) for o, shape, _ in BAD_FOR_MODEL]
+    cases += [partial(check_own_windows, ScorerConfig(**options), 256) for options, _ in BAD_FOR_EVALUATION]
     failed_at = set()
     for case in cases:
         with pytest.raises(ValueError) as caught:
@@ -299,7 +324,7 @@ def test_published_strides() -> None:
     assert ScorerConfig(short_window=2048).stride(32768) == 1536  # n/4 = 512 tokens of context are the default
     assert ScorerConfig(short_window=64).stride(256) == 48
     assert ScorerConfig(short_window=64).stride(64) == 1  # no window to place
-    for seq_length in range(16, 200, 7):
+    for seq_length in range(17, 200, 7):
         for window in (2, 3, 16):
             check_windows(ScorerConfig(short_window=window), seq_length)
     with pytest.raises(ValueError, match="--short-stride: expected at most 1536, got 1920"):

@@ -203,6 +203,19 @@ def test_ropes_that_depend_on_the_input_are_refused(rope_type):
         rotary_embedding(parse_architecture({**config, "rope_parameters": rope}, "config.json"))
 
 
+def test_an_extension_does_not_move_the_length_that_a_rope_is_scaled_from():
+    """transformers takes max_position_embeddings where the rope says none, and an extension writes a longer one."""
+    config = json.loads((TINY_LLAMA / "config.json").read_text())
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+    before = parse_architecture({**config, "rope_parameters": yarn}, "config.json")
+    extended = export_hf_config(before, max_position_embeddings=4096, dtype=torch.float32)
+    after = parse_architecture(extended, "config.json")
+    assert after.max_position_embeddings == 4096
+    assert torch.equal(rotary_embedding(after).inv_freq, rotary_embedding(before).inv_freq)
+    own = dict(extended["rope_parameters"])
+    assert own["original_max_position_embeddings"] == config["max_position_embeddings"]
+
+
 def transformers_on_a_rank(folder: Path) -> torch.Tensor:
     prepare_device()
     return reference_logits(folder)

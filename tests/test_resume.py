@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_model import read_tensors
+from test_model import copy_checkpoint, read_tensors
 from test_training import (
     DENSE,
     METRICS,
@@ -21,7 +21,16 @@ from test_training import (
 )
 from tiny import Axes, layout_of, release
 
-from megatron_tw.config import CheckpointConfig, OptimizationConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_tw.config import (
+    CheckpointConfig,
+    ModelConfig,
+    OptimizationConfig,
+    ParallelConfig,
+    RunConfig,
+    ScorerConfig,
+    TrainConfig,
+    WeightingOptions,
+)
 from megatron_tw.parallel.devices import prepare_device
 from megatron_tw.training.loop import Run, open_inputs
 from megatron_tw.training.scorers import EmaScorer
@@ -154,3 +163,17 @@ def test_gradients_that_are_not_finite_end_the_run_before_it_is_saved(ranks, ref
         assert "in step 2" in error
     assert json.loads((save / "latest_checkpointed_iteration.txt").read_text()) == 1
     assert metrics_of(save)["iteration"].tolist() == [1]
+
+
+def test_the_old_context_is_remembered(ranks, reference_data, tmp_path):
+    """Without short windows it is the length that the start model names; the checkpoint's names the new one."""
+    folder = copy_checkpoint(tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
+    save = tmp_path / "run"
+    changes = {"weighting": WeightingOptions(), "scorer": ScorerConfig(), "model": ModelConfig(load_hf=str(folder))}
+    first = run_of(Axes(), reference_data, save, stop=STOP, **changes)
+    again = replace(first, model=ModelConfig(), train=replace(first.train, exit_interval=None))
+    ranks(1).run(run_all, [first])
+    ranks(1).run(run_all, [again])
+    assert metrics_of(save)["weight_share_beyond_context"] == pytest.approx(np.full(STEPS, 192 / 255))

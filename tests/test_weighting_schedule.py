@@ -1,11 +1,12 @@
 import doctest
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
 from megatron_tw.config import WeightingOptions
-from megatron_tw.weighting import ExactConfig, WeightingConfig, parse_schedule, schedule, token_weights
-from megatron_tw.weighting.options import schedule_from_options
+from megatron_tw.weighting import PRESETS, ExactConfig, WeightingConfig, parse_schedule, schedule, token_weights
+from megatron_tw.weighting.options import check_tail, schedule_from_options
 
 UNIFORM = WeightingConfig.preset("uniform")
 LONG_NLL, SHORT_NLL = torch.rand(2, 2, 40, generator=torch.Generator().manual_seed(0)) * 5
@@ -127,6 +128,17 @@ def test_options_make_a_scheme(options, expected):
         ({"weighting": "custom", "shift": 2.0}, "--shift: a custom scheme says it in --transforms"),
         ({"weighting": "custom", "tau": 2.0}, "--tau: a custom scheme does not have"),
         ({"weighting_schedule": "0: dens"}, "--weighting-schedule: in '0: dens'"),
+        ({"weighting": "custom"}, "--weighting custom: expected --transforms"),
+        (
+            {"weighting": "dense", "weighting_schedule": "0: sparse"},
+            "no stage is base, the scheme of --weighting dense",
+        ),
+        ({"weighting": "custom", "normalization": "l1"}, "--transforms: none leaves weights below 0"),
+        ({"weighting": "longce", "transforms": ("minus",)}, "--transforms: minus leaves weights below 0"),
+        (
+            {"weighting": "dense", "transforms": ("absolute", "shift 2")},
+            "--transforms: absolute shift 2 leaves weights",
+        ),
     ],
 )
 def test_options_that_a_scheme_does_not_have(options, message):
@@ -158,3 +170,19 @@ def test_whether_targets_are_left_out(text, leaves_out):
 def test_no_target_is_left_out_where_uniform_is_mixed_in():
     mixed = WeightingConfig(transforms=("absolute",), sparsification=0.2, interpolation=0.5)
     assert not parse_schedule("0: base", base=mixed).leaves_targets_out
+
+
+def test_the_tail_of_exact_lies_within_the_row():
+    check_tail(parse_schedule("0: exact tau=255"), 256)
+    with pytest.raises(ValueError, match="--tau: expected less than the 256 tokens of a row, got 256"):
+        check_tail(parse_schedule("0: uniform; 9: exact tau=256"), 256)
+
+
+def test_every_preset_can_be_asked_for():
+    names = get_args(get_type_hints(WeightingOptions)["weighting"])
+    assert names == (*PRESETS, "custom")
+    assert not any(
+        scheme.may_be_negative
+        for name in PRESETS
+        if isinstance(scheme := WeightingConfig.preset(name), WeightingConfig)
+    )

@@ -16,11 +16,13 @@ def main(argv: Sequence[str]) -> None:
     """Parse, convert. A user's mistake is one line on stderr and exit status 2."""
     config = load_options(argv, ConversionConfig, prog="tools/convert_checkpoint.py", description="Convert weights.")
     with user_errors():
+        from megatron_tw.parallel.layout import stop_process_group
         from megatron_tw.runtime.convert import convert  # imports torch and Megatron-Core
 
         written = convert(config)
         if os.environ.get("RANK", "0") == "0":
             print(f"written: {written}")
+        stop_process_group()
 
 
 if __name__ == "__main__":

@@ -20,12 +20,14 @@ def main(argv: Sequence[str]) -> None:
 
         from megatron_tw.evaluation.run import evaluate  # imports torch and Megatron-Core
         from megatron_tw.evaluation.summary import summarize
+        from megatron_tw.parallel.layout import stop_process_group
 
         options = config.evaluation
         result = evaluate(config)
         if result is not None:
             result.save(options.output)
             print(summarize(result, Path(options.output).name, options.key_tokens), flush=True)
+        stop_process_group()
 
 
 if __name__ == "__main__":

@@ -18,11 +18,13 @@ def main(argv: Sequence[str]) -> None:
         argv, ScoringConfig, prog="tools/score_tokens.py", description="Score rows with a frozen model."
     )
     with user_errors():
+        from megatron_tw.parallel.layout import stop_process_group
         from megatron_tw.runtime.scoring import score_tokens  # imports torch and Megatron-Core
 
         scores = score_tokens(config)
         if os.environ.get("RANK", "0") == "0":
             print(f"scores: {scores}", flush=True)
+        stop_process_group()
 
 
 if __name__ == "__main__":

@@ -15,9 +15,11 @@ def main(argv: Sequence[str]) -> None:
     config = load_config(argv, prog="tools/train.py", description="Extend a model's context window.")
     with user_errors():
         check_config(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))  # from the launcher
+        from megatron_tw.parallel.layout import stop_process_group
         from megatron_tw.training.loop import train  # after the checks: it imports torch and Megatron-Core
 
         train(config)
+        stop_process_group()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from megatron_tw.config.schema import (
 def check_config(config: RunConfig, world_size: int | None = None) -> None:
     """Check a training run's options with each other, and with the number of ranks where that is known."""
     check_parallel(config.parallel, world_size)
-    check_recompute(config.model)
+    check_model(config.model, config.parallel)
     check_weighting(config.weighting, config.scorer)
     check_seq_length(config.parallel, config.data.seq_length)
     if config.scorer.short_window is not None:
@@ -45,15 +45,7 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
         f"--eval-iters {config.train.eval_iters}: expected --eval-interval and --valid-data-path with it",
     )
     _at_least(0, seed=config.train.seed, bos_id=config.data.bos_id)
-    _at_least(1, make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by)
-    _at_least(1, loss_chunk_tokens=config.model.loss_chunk_tokens, log_interval=config.logging.log_interval)
-    _at_least(0, loss_keep_logits_mib=config.model.loss_keep_logits_mib)
-    _above(0, rotary_base=config.model.rotary_base)
-    _require(
-        config.model.transformer_impl != "local" or config.parallel.cp_comm_type == "p2p",
-        f"--cp-comm-type: {config.parallel.cp_comm_type} is Transformer Engine's; "
-        "--transformer-impl local always gathers",
-    )
+    _at_least(1, log_interval=config.logging.log_interval)
     _require(
         config.scorer.scorer != "ema" or not config.parallel.overlap_param_gather,
         "--overlap-param-gather: --scorer ema averages the weights after the update, before they would be gathered",
@@ -154,6 +146,11 @@ def check_windows(scorer: ScorerConfig, seq_length: int) -> None:
         2 <= window <= seq_length, f"--short-window: expected 2 to {seq_length}, the tokens of a row, got {window}"
     )
     _require(
+        window < seq_length or scorer.scorer != "unfrozen",
+        f"--short-window: expected less than {seq_length}, the tokens of a row, where a model is compared with itself, "
+        f"got {window}",
+    )
+    _require(
         1 <= least < window,
         f"--min-short-context: expected 1 to {window - 1} (less than --short-window {window}), got {least}",
     )
@@ -167,28 +164,63 @@ def check_windows(scorer: ScorerConfig, seq_length: int) -> None:
     )
 
 
+def check_own_windows(scorer: ScorerConfig, seq_length: int) -> None:
+    """The windows in which an evaluated model sees a short context itself: it has no other scorer."""
+    for name in ("scores", "scorer_hf"):
+        _require(getattr(scorer, name) is None, f"{flag(name)}: an evaluation's short contexts are the model's own")
+    _require(
+        scorer.scorer == "unfrozen", f"--scorer {scorer.scorer}: an evaluation's short contexts are the model's own"
+    )
+    _require(
+        scorer.short_window is not None or scorer.short_stride is None,
+        "--short-stride: expected --short-window with it, got none",
+    )
+    if scorer.short_window is not None:
+        check_windows(scorer, seq_length)
+
+
 def check_weighting(weighting: WeightingOptions, scorer: ScorerConfig) -> None:
     """Ranges of the weighting's numbers, and that a scheme that needs short windows has them."""
     _above(0, truncation=weighting.truncation, shift=weighting.shift)
     _within(0.0, 1.0, interpolation=weighting.interpolation)
     _above(0, sparsification=weighting.sparsification)
     _within(0.0, 1.0, sparsification=weighting.sparsification)
-    _require(
-        not weighting.needs_scorer or scorer.short_window is not None,
-        f"--short-window: --weighting {weighting.weighting} needs the length of the scorer's windows, got none",
-    )
     _within(0.0, 1.0, scorer_ema_decay=scorer.scorer_ema_decay)
     for name in ("scores", "scorer_hf"):
         _require(
             scorer.scorer == "frozen" or getattr(scorer, name) is None,
             f"{flag(name)}: is for --scorer frozen, got --scorer {scorer.scorer}",
         )
+    if weighting.weighting_schedule is None:
+        check_scorer(scorer, needed=weighting.needs_scorer)
+
+
+def check_scorer(scorer: ScorerConfig, *, needed: bool) -> None:
+    """That a weighting which compares two NLLs has one scorer, with windows, and another has none.
+
+    needed: whether the weighting compares, at any step.
+    """
+    if not needed:
+        _require(scorer.scorer == "unfrozen", f"--scorer {scorer.scorer}: the weighting uses no scorer's NLL")
+        return
+    _require(scorer.short_window is not None, "--short-window: the weighting needs a scorer's windows, got none")
     _require(
-        not weighting.needs_scorer
-        or scorer.scorer != "frozen"
-        or (scorer.scores is None) != (scorer.scorer_hf is None),
+        scorer.scorer != "frozen" or (scorer.scores is None) != (scorer.scorer_hf is None),
         "--scorer frozen: expected either --scores (cached) or --scorer-hf (live), got "
         + ("both" if scorer.scores is not None else "neither"),
+    )
+
+
+def check_model(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Ranges of the model's options, and whose layers know what --cp-comm-type asks for."""
+    check_recompute(model)
+    _at_least(1, make_vocab_size_divisible_by=model.make_vocab_size_divisible_by)
+    _at_least(1, loss_chunk_tokens=model.loss_chunk_tokens)
+    _at_least(0, loss_keep_logits_mib=model.loss_keep_logits_mib)
+    _above(0, rotary_base=model.rotary_base)
+    _require(
+        model.transformer_impl != "local" or parallel.cp_comm_type == "p2p",
+        f"--cp-comm-type: {parallel.cp_comm_type} is Transformer Engine's; --transformer-impl local always gathers",
     )
 
 

@@ -16,14 +16,14 @@ class EvaluationOptions:
     output: str
     """New folder for the result: every target's NLL, and a summary."""
     load: str | None = None
-    """Folder of a run, whose newest checkpoint is evaluated (null: the model of --load-hf)."""
+    """Folder of a run, whose newest checkpoint is evaluated, or of one checkpoint (null: the model of --load-hf)."""
     eval_rows: int | None = None
     """Only the first so many rows (null: all)."""
     micro_batch_size: int = 1
     """Rows of one forward pass of one copy of the model."""
     bos_id: int | None = None
-    """Id of the token that rows begin with, which the short windows then begin with too (null: the checkpoint's
-    bos_token_id)."""
+    """Id of the token that rows begin with, which the short windows then begin with too (null: that of the rows'
+    tokenizer, else the checkpoint's bos_token_id)."""
     key_tokens: str | None = None
     """Earlier evaluation, with short windows, whose key tokens this model's NLL is reported on (null: this model's
     own)."""

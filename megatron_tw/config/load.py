@@ -53,7 +53,7 @@ def parse_options(argv: Sequence[str], schema: type[Schema], *, prog: str = "", 
     _check_flags(flags, options)
     for file in files:
         _check_yaml(file, options)
-    arguments = [f"--config={file}" for file in files] + _join_lists(flags, options)
+    arguments = [f"--config={_with_schedule_as_text(file)}" for file in files] + _join_lists(flags, options)
     try:
         values = vars(parser.parse_args(arguments))
     except ArgumentError as error:
@@ -78,11 +78,10 @@ def save_config(config: object, path: str | Path) -> None:
     Path(path).write_text(yaml.safe_dump(flat_options(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def describe_difference(a: object, b: object) -> str:
-    """`option: value in a -> value in b`, a line for each option that differs; empty when none does."""
-    flat_a, flat_b = flat_options(a), flat_options(b)
-    names = [name for name in flat_a | flat_b if flat_a.get(name) != flat_b.get(name)]
-    return "\n".join(f"{name}: {flat_a.get(name)} -> {flat_b.get(name)}" for name in names)
+def differences(before: str | Path, config: object) -> list[str]:
+    """`option: value then -> value now`, for each option that differs from what `save_config` wrote to `before`."""
+    then, now = yaml.safe_load(Path(before).read_text(encoding="utf-8")), flat_options(config)
+    return [f"{name}: {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]
 
 
 class _HelpFormatter(DefaultHelpFormatter):
@@ -184,6 +183,22 @@ def _check_yaml(file: str, options: dict[str, Option]) -> None:
         option = options[name]
         if (is_null and not option.nullable) or (option.type is bool and not is_bool and not is_null):
             raise ValueError(f"{place}: {name}: expected {option.expected}, got {value.value or 'null'}")
+
+
+def _with_schedule_as_text(file: str) -> str:
+    """The YAML file's name; or, where weighting_schedule is a list of stages or a mapping, its content with the one
+    text that the flag takes."""
+    content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    schedule = content.get("weighting_schedule")
+    if not isinstance(schedule, list | dict):
+        return file
+    entries = schedule if isinstance(schedule, list) else [schedule]
+    stages = [
+        f"{step}: {scheme}"
+        for entry in entries
+        for step, scheme in (entry.items() if isinstance(entry, dict) else [str(entry).partition(":")[::2]])
+    ]
+    return yaml.safe_dump({**content, "weighting_schedule": "; ".join(stages)}, sort_keys=False)
 
 
 def _join_lists(flags: Sequence[str], options: dict[str, Option]) -> list[str]:

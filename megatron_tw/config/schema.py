@@ -103,8 +103,8 @@ class DataConfig:
     shuffle: bool = True
     """Visit the rows in an order drawn from --seed, another one in each epoch; else as they are stored."""
     bos_id: int | None = None
-    """Id of the token that rows begin with, which the short windows then begin with too (null: the checkpoint's
-    bos_token_id)."""
+    """Id of the token that rows begin with, which the short windows then begin with too (null: that of the rows'
+    tokenizer, else the checkpoint's bos_token_id)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,9 +166,8 @@ class OptimizationConfig:
 class WeightingOptions:
     """Token weights: a preset and what differs from it. Null is the preset's value, or no such step if custom."""
 
-    weighting: str = "uniform"
-    """Preset (uniform, dense, sparse, longce, ppmi, npmi, rho1, exact), or custom for a scheme made of the options
-    below."""
+    weighting: Literal["uniform", "dense", "sparse", "longce", "ppmi", "npmi", "rho1", "exact", "custom"] = "uniform"
+    """Preset, or custom for a scheme made of the options below."""
     weighting_schedule: str | None = None
     """Stages "STEP: SCHEME NAME=NUMBER ..." separated by ";", "STEP linear: ..." or "STEP cosine: ..." to move there;
     SCHEME

@@ -97,6 +97,20 @@ def check_index(file: Path, dtype_code: int, sequences: int, length: int, bounda
         raise ValueError(f"{file} does not fit the header: it is of another {what}")
 
 
+def check_new_folder(output: Path) -> None:
+    """That `output` can become a new folder: it makes the folder above it.
+
+    Raises:
+        ValueError: `output` is a file or a folder that holds something.
+        OSError: the folder above cannot be made or written to.
+    """
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(f"--output {output} already exists and is not an empty folder")
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(output.absolute().parent, os.W_OK):
+        raise PermissionError(f"--output {output}: the folder above it cannot be written to")
+
+
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """A temporary folder beside `output` that becomes `output` when the block ends well, and is removed when not.
@@ -104,9 +118,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     Raises:
         ValueError: `output` is a file or a folder that holds something.
     """
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(f"--output {output} already exists and is not an empty folder")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    check_new_folder(output)
     temporary = output.absolute().parent / f".{output.name}.{os.getpid()}.partial"
     temporary.mkdir()
     try:

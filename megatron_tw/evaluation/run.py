@@ -13,11 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_tw.config import check_parallel, check_seq_length, check_windows, virtual_pipeline_size
+from megatron_tw.config import check_model, check_own_windows, check_parallel, check_seq_length, virtual_pipeline_size
 from megatron_tw.config.evaluation import EvaluationConfig
+from megatron_tw.config.options import flag
+from megatron_tw.data.files import check_new_folder
 from megatron_tw.data.rows import TokenRows, check_rows
+from megatron_tw.data.vocabulary import check_same_vocabulary
 from megatron_tw.evaluation.result import EvaluationHeader, EvaluationResult
-from megatron_tw.model.build import build_model, check_export_target
+from megatron_tw.model.build import build_model
 from megatron_tw.model.forward import ShortWindowScorer, long_nll
 from megatron_tw.parallel.devices import Device, prepare_device
 from megatron_tw.parallel.layout import Layout, make_layout, start_process_group
@@ -37,18 +40,26 @@ def evaluate(config: EvaluationConfig) -> EvaluationResult | None:
     device = prepare_device()
     start_process_group(device, config.parallel.distributed_timeout_minutes)
     options = config.evaluation
-    check_export_target(Path(options.output), "--output")
+    check_new_folder(Path(options.output))
     check_parallel(config.parallel, dist.get_world_size())
+    check_model(config.model, config.parallel)
     check_seq_length(config.parallel, options.seq_length)
-    if config.scorer.short_window is not None:
-        check_windows(config.scorer, options.seq_length)
+    check_own_windows(config.scorer, options.seq_length)
+    for name, value in (("eval_rows", options.eval_rows), ("micro_batch_size", options.micro_batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{flag(name)}: expected 1 or more, got {value}")
+    if options.key_tokens is not None:
+        EvaluationResult.load(options.key_tokens)
     source = open_source(load=options.load, load_hf=config.model.load_hf, rotary_base=config.model.rotary_base)
+    if options.load is not None and source.saved is None:
+        raise ValueError(f"--load {options.load}: holds no checkpoint")
     architecture = source.architecture
     rows = TokenRows(options.data_path)
     check_rows(rows, seq_length=options.seq_length, model_vocab_size=architecture.vocab_size)
+    if source.tokenizer_dir is not None:
+        check_same_vocabulary(rows, source.tokenizer_dir, "model")
+    bos_id = row_bos_id(options.bos_id, rows, architecture)
     num_rows = len(rows) if options.eval_rows is None else min(options.eval_rows, len(rows))
-    if num_rows < 1:
-        raise ValueError(f"--eval-rows: expected at least 1, got {options.eval_rows}")
 
     layout = make_layout(
         config.parallel, num_model_chunks=virtual_pipeline_size(config.parallel, architecture.num_layers)
@@ -62,7 +73,7 @@ def evaluate(config: EvaluationConfig) -> EvaluationResult | None:
             config.scorer.short_window,
             config.scorer.stride(options.seq_length),
             include_first=False,
-            bos_id=row_bos_id(options.bos_id, rows, architecture),
+            bos_id=bos_id,
             layout=layout,
             sequence_parallel=config.parallel.uses_sequence_parallel,
             scoring_micro_batch=config.scorer.scoring_micro_batch,

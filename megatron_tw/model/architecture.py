@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_tw.config import ModelConfig, ParallelConfig, check_model_shape, padded_vocab_size
 
 SUPPORTED_MODEL_TYPES = ("llama",)
+_SCALED_FROM_A_LENGTH = ("yarn", "longrope", "llama3")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -112,6 +113,8 @@ def _rope_parameters(raw: dict[str, Any], source: str) -> dict[str, Any]:
         rope.setdefault("rope_type", rope.pop("type", "default"))
     rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
     rope.setdefault("rope_type", "default")
+    if rope["rope_type"] in _SCALED_FROM_A_LENGTH:  # else transformers takes the model's, which an extension changes
+        rope.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings", 2048))
     return rope
 
 

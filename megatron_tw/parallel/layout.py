@@ -60,9 +60,13 @@ class Layout:
         return f"TP {self.tp_size} x PP {self.pp_size}{vpp} x CP {self.cp_size} x DP {self.dp_size}"
 
 
+_started = False
+
+
 def start_process_group(device: Device, timeout_minutes: int) -> None:
     """Join the launcher's world (torchrun's environment), or make a world of one. Does nothing in a world that
     exists."""
+    global _started
     if dist.is_initialized():
         return
     timeout = timedelta(minutes=timeout_minutes)
@@ -70,6 +74,16 @@ def start_process_group(device: Device, timeout_minutes: int) -> None:
         dist.init_process_group(device.backend, timeout=timeout)
     else:
         dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    _started = True
+
+
+def stop_process_group() -> None:
+    """Leave the world that `start_process_group` joined, at the end of a program; NCCL warns where nobody does. Does
+    nothing in a world that was there before."""
+    global _started
+    if _started and dist.is_initialized():
+        dist.destroy_process_group()
+    _started = False
 
 
 def make_layout(config: ParallelConfig, *, num_model_chunks: int | None = None, seed: int = 1234) -> Layout:

@@ -32,6 +32,7 @@ from megatron_tw.parallel.layout import Layout
 
 FORMAT_VERSION = 1
 TRACKER = "latest_checkpointed_iteration.txt"
+HEADER_FILE, CONFIG_FILE = "run.json", "config.yaml"
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
@@ -45,7 +46,8 @@ class RunState:
     """How far a run has come: what a resumed run needs besides weights and optimizer state.
 
     loader: the data loader's state. seq_length: tokens of a row, the context length that an export names. scores:
-    fingerprint of the cached scores that the weights were made from, None without.
+    fingerprint of the cached scores that the weights were made from, None without. old_context: tokens of the context
+    that the model had before, None where nobody said.
     """
 
     iteration: int
@@ -53,6 +55,7 @@ class RunState:
     seq_length: int
     loader: dict[str, Any]
     scores: str | None = None
+    old_context: int | None = None
 
 
 class HasState(Protocol):
@@ -83,24 +86,25 @@ class SavedCheckpoint:
 
 
 def find_checkpoint(folder: str | Path) -> SavedCheckpoint | None:
-    """The newest complete checkpoint of a run's folder, None when there is none.
+    """The newest complete checkpoint of a run's folder, or the one that `folder` itself is; None when there is none.
 
     Raises:
         ValueError: the tracker names a checkpoint that is missing, or whose header is unreadable or of another version.
     """
-    tracker = Path(folder) / TRACKER
-    if not tracker.is_file():
-        return None
-    text = tracker.read_text().strip()
-    if not text.isdigit():
-        raise ValueError(f"{tracker}: expected an iteration number, got {text!r}")
-    directory = checkpoint_dir(folder, int(text))
-    header_path = directory / "run.json"
+    tracker, directory = Path(folder) / TRACKER, Path(folder)
+    if not (directory / HEADER_FILE).is_file():
+        if not tracker.is_file():
+            return None
+        text = tracker.read_text().strip()
+        if not text.isdigit():
+            raise ValueError(f"{tracker}: expected an iteration number, got {text!r}")
+        directory = checkpoint_dir(folder, int(text))
+    header_path = directory / HEADER_FILE
     try:
         header = json.loads(header_path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"--load {folder}: {tracker.name} names iteration {text}, but {header_path}: {error}"
+            f"--load {folder}: names the checkpoint {directory.name}, but {header_path}: {error}"
         ) from error
     if header.get("version") != FORMAT_VERSION:
         raise ValueError(f"{header_path}: expected version {FORMAT_VERSION}, got {header.get('version')!r}")
@@ -192,9 +196,9 @@ def save_checkpoint(
                 architecture, max_position_embeddings=state.seq_length, dtype=next(chunks[0].parameters()).dtype
             ),
         }
-        (directory / "run.json").write_text(json.dumps(header, indent=2) + "\n")
+        (directory / HEADER_FILE).write_text(json.dumps(header, indent=2) + "\n")
         if config is not None:
-            save_config(config, directory / "config.yaml")
+            save_config(config, directory / CONFIG_FILE)
         if tokenizer_dir is not None:
             copy_tokenizer(tokenizer_dir, directory / "tokenizer")
         replace_text(Path(save) / TRACKER, f"{state.iteration}\n")

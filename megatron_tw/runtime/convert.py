@@ -54,5 +54,11 @@ def convert(config: ConversionConfig) -> str:
         )
         return options.save_hf
     assert options.save is not None
-    state = RunState(iteration=0, consumed_samples=0, seq_length=length, loader={})
+    state = RunState(
+        iteration=0,
+        consumed_samples=0,
+        seq_length=length,
+        old_context=architecture.max_position_embeddings,
+        loader={},
+    )
     return str(save_checkpoint(options.save, chunks, state, layout, tokenizer_dir=source.tokenizer_dir))

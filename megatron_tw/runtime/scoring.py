@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_tw.config import check_parallel, check_windows, virtual_pipeline_size
+from megatron_tw.config import check_model, check_parallel, check_windows, virtual_pipeline_size
 from megatron_tw.config.scoring import ScoringConfig
 from megatron_tw.data.rows import TokenRows
 from megatron_tw.data.score_parts import ScoreParts, rows_per_part
@@ -49,6 +49,9 @@ def score_tokens(config: ScoringConfig) -> Path:
     start_process_group(device, config.parallel.distributed_timeout_minutes)
     options, windows = config.scoring, config.scoring.windows
     check_parallel(config.parallel, dist.get_world_size())
+    check_model(config.model, config.parallel)
+    if config.model.load_hf is None:
+        raise ValueError("--load-hf: expected the Hugging Face folder of the scorer, got none")
     rows = TokenRows(options.data_path)
     seq_length = rows.header.seq_length
     check_windows(windows, seq_length)

@@ -29,6 +29,12 @@ class ModelSource:
         return str(self.saved.directory) if self.saved is not None else str(self.load_hf)
 
     @property
+    def old_context(self) -> int:
+        """Tokens of the context that the model had before the run that extends it."""
+        saved = self.saved.state.old_context if self.saved is not None else None
+        return saved or self.architecture.max_position_embeddings
+
+    @property
     def tokenizer_dir(self) -> Path | None:
         """Folder with the model's tokenizer files, None when nobody kept them. May hold other files too (a Hugging
         Face folder)."""
@@ -81,7 +87,15 @@ def open_source(*, load: str | None, load_hf: str | None, rotary_base: float | N
 
 def row_bos_id(option: int | None, rows: TokenRows, architecture: Architecture) -> int | None:
     """The id of BOS, with which a row may begin: `--bos-id`, else that of the rows' tokenizer, else the
-    checkpoint's."""
+    checkpoint's.
+
+    Raises:
+        ValueError: the option is no id of the vocabulary.
+    """
+    if option is not None and not 0 <= option < architecture.vocab_size:
+        raise ValueError(
+            f"--bos-id: expected an id of the vocabulary, 0 to {architecture.vocab_size - 1}, got {option}"
+        )
     if option is not None:
         return option
     return rows.header.bos_id if rows.header.bos_id is not None else architecture.bos_token_id

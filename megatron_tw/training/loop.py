@@ -4,14 +4,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_tw.config import DEFAULT_KEEP_LOGITS_MIB, RunConfig, check_config, virtual_pipeline_size
+from megatron_tw.config import (
+    DEFAULT_KEEP_LOGITS_MIB,
+    RunConfig,
+    check_config,
+    check_scorer,
+    differences,
+    virtual_pipeline_size,
+)
 from megatron_tw.data.loader import Loader, RowOrder
 from megatron_tw.data.rows import TOKENIZER_DIR, TokenRows, check_rows
 from megatron_tw.data.scores import ScoreRows
+from megatron_tw.data.vocabulary import check_same_vocabulary
+from megatron_tw.model.architecture import Architecture
 from megatron_tw.model.build import build_model, check_export_target, save_hf
 from megatron_tw.parallel.devices import Device, peak_memory_bytes, prepare_device
 from megatron_tw.parallel.layout import Layout, make_layout, start_process_group
-from megatron_tw.runtime.checkpoint import RunState, check_save_target, save_checkpoint
+from megatron_tw.runtime.checkpoint import CONFIG_FILE, RunState, check_save_target, save_checkpoint
 from megatron_tw.runtime.exits import Exits
 from megatron_tw.runtime.metrics import MetricsLog
 from megatron_tw.runtime.optimizer import (
@@ -21,12 +30,12 @@ from megatron_tw.runtime.optimizer import (
     use_options,
     wrap_for_training,
 )
-from megatron_tw.runtime.source import ModelSource, open_source
+from megatron_tw.runtime.source import ModelSource, open_source, row_bos_id
 from megatron_tw.training.report import StepReport
-from megatron_tw.training.scorers import make_scorer, open_scores
+from megatron_tw.training.scorers import make_scorer, open_live_scorer, open_scores
 from megatron_tw.training.step import TrainingStep
 from megatron_tw.training.validation import Validation
-from megatron_tw.weighting.options import schedule_from_options
+from megatron_tw.weighting.options import check_tail, schedule_from_options
 from megatron_tw.weighting.schedule import WeightingSchedule
 
 
@@ -69,6 +78,9 @@ def open_inputs(config: RunConfig) -> Inputs:
     import torch.distributed as dist
 
     check_config(config, dist.get_world_size())
+    schedule = schedule_from_options(config.weighting)
+    check_scorer(config.scorer, needed=schedule.needs_scorer)
+    check_tail(schedule, config.data.seq_length)
     check_save_target(config.checkpoint.save, config.checkpoint.load)
     if config.checkpoint.save_hf is not None:
         check_export_target(Path(config.checkpoint.save_hf))
@@ -77,12 +89,14 @@ def open_inputs(config: RunConfig) -> Inputs:
     )
     rows = TokenRows(config.data.data_path)
     check_rows(rows, seq_length=config.data.seq_length, model_vocab_size=source.architecture.vocab_size)
-    valid_rows = TokenRows(config.data.valid_data_path) if config.data.valid_data_path is not None else None
-    if valid_rows is not None:
-        check_rows(valid_rows, seq_length=config.data.seq_length, model_vocab_size=source.architecture.vocab_size)
-    schedule = schedule_from_options(config.weighting)
-    if schedule.needs_scorer and config.scorer.short_window is None:
-        raise ValueError("--short-window: the weighting needs the length of the scorer's windows, got none")
+    row_bos_id(config.data.bos_id, rows, source.architecture)
+    if source.tokenizer_dir is not None:
+        check_same_vocabulary(rows, source.tokenizer_dir, "model")
+    valid_rows = (
+        _open_valid_rows(config, rows, source.architecture) if config.data.valid_data_path is not None else None
+    )
+    if schedule.needs_scorer and config.scorer.scorer_hf is not None:
+        open_live_scorer(config.scorer.scorer_hf, config.parallel, rows, source.architecture)
     scores = open_scores(config, rows, source.architecture) if schedule.needs_scorer else None
     if (
         source.saved is not None
@@ -99,6 +113,40 @@ def open_inputs(config: RunConfig) -> Inputs:
         valid_rows=valid_rows,
         tokenizer_dir=tokenizer_dir if tokenizer_dir.is_dir() else source.tokenizer_dir,
     )
+
+
+def resolve(config: RunConfig, inputs: Inputs, layout: Layout) -> RunConfig:
+    """The options with those filled in that model, rows and layout decide where they are not given."""
+    data, model, train, scorer = config.data, config.model, config.train, config.scorer
+    keep = model.loss_keep_logits_mib
+    if keep is None:
+        # Forward cannot know which few targets sparse weights will choose; dense ones want every logit again.
+        keep = 0 if inputs.schedule.leaves_targets_out else DEFAULT_KEEP_LOGITS_MIB
+    if scorer.short_window is not None:
+        scorer = replace(scorer, short_stride=scorer.stride(data.seq_length), min_short_context=scorer.least_context)
+    return replace(
+        config,
+        data=replace(data, bos_id=row_bos_id(data.bos_id, inputs.rows, inputs.source.architecture)),
+        model=replace(model, rotary_base=inputs.source.architecture.rotary_base, loss_keep_logits_mib=keep),
+        train=replace(train, global_batch_size=train.global_batch_size or train.micro_batch_size * layout.dp_size),
+        scorer=scorer,
+    )
+
+
+def _open_valid_rows(config: RunConfig, rows: TokenRows, architecture: Architecture) -> TokenRows:
+    assert config.data.valid_data_path is not None
+    try:
+        valid_rows = TokenRows(config.data.valid_data_path)
+        check_rows(valid_rows, seq_length=config.data.seq_length, model_vocab_size=architecture.vocab_size)
+    except ValueError as error:
+        raise ValueError(f"--valid-data-path: {error}") from error
+    ours, theirs = (dataset.header.tokenizer for dataset in (valid_rows, rows))
+    if ours is not None and theirs is not None and ours.fingerprint != theirs.fingerprint:
+        raise ValueError(
+            f"--valid-data-path {valid_rows.path}: rows of another tokenizer, {ours.name}, than those of --data-path, "
+            f"{theirs.name}"
+        )
+    return valid_rows
 
 
 @dataclass(kw_only=True)
@@ -119,12 +167,8 @@ class Run:
         """Build the model, fill it from the checkpoint or the Hugging Face folder, make optimizer, scorer and
         loader."""
         source = inputs.source
-        model_options = config.model
-        if model_options.loss_keep_logits_mib is None:
-            # Forward cannot know which few targets sparse weights will choose; dense ones want every logit again.
-            keep = 0 if inputs.schedule.leaves_targets_out else DEFAULT_KEEP_LOGITS_MIB
-            model_options = replace(model_options, loss_keep_logits_mib=keep)
-        chunks = build_model(source.architecture, config.parallel, model_options, layout, device)
+        config = resolve(config, inputs, layout)
+        chunks = build_model(source.architecture, config.parallel, config.model, layout, device)
         if source.saved is None:
             source.fill(chunks, layout)
         model = wrap_for_training(chunks, config)
@@ -141,10 +185,11 @@ class Run:
             layout=layout,
             device=device,
         )
+        assert config.train.global_batch_size is not None  # resolved
         loader = Loader(
             inputs.rows,
             RowOrder(len(inputs.rows), seed=config.train.seed, shuffle=config.data.shuffle),
-            global_batch_size=config.train.global_batch_size or config.train.micro_batch_size * layout.dp_size,
+            global_batch_size=config.train.global_batch_size,
             micro_batch_size=config.train.micro_batch_size,
             dp_rank=layout.dp_rank,
             dp_size=layout.dp_size,
@@ -161,7 +206,7 @@ class Run:
                 scheduler.step(increment=0)
                 loader.load_state_dict(source.saved.state.loader)
                 iteration = source.saved.state.iteration
-        old_context = config.scorer.short_window or source.architecture.max_position_embeddings
+        old_context = config.scorer.short_window or source.old_context
         step = TrainingStep(
             model=model,
             optimizer=optimizer,
@@ -243,10 +288,38 @@ class Run:
         if saved is not None:
             layouts = f"{saved.layout}, now {self.layout.describe()}"
             log.say(f"resumed from {saved.directory} ({layouts}) at iteration {self.iteration}")
+            if (saved.directory / CONFIG_FILE).is_file():
+                for line in differences(saved.directory / CONFIG_FILE, config):
+                    log.say(f"  {line}")
+            if self.iteration >= config.train.train_iters:
+                log.say(f"--train-iters {config.train.train_iters}: the run is there already, no step is left")
         elif config.checkpoint.load is not None:
             log.say(f"--load {config.checkpoint.load} holds no checkpoint: starting fresh from {config.model.load_hf}")
-        log.say(f"{self.layout.describe()}, {len(self.inputs.rows)} rows of {config.data.seq_length} tokens")
+        for line in self._describe():
+            log.say(line)
         return log
+
+    def _describe(self) -> list[str]:
+        """The run in a few lines."""
+        config, rows = self.config, len(self.inputs.rows)
+        train, scorer = config.train, config.scorer
+        assert train.global_batch_size is not None
+        lines = [
+            f"{self.layout.describe()}, {'bf16' if config.model.bf16 else 'fp32'}, rotary base "
+            f"{config.model.rotary_base:g}, old context {self.step.report.old_context} tokens",
+            f"{rows} rows of {config.data.seq_length} tokens, {train.train_iters} steps of {train.global_batch_size}: "
+            f"{train.train_iters * train.global_batch_size / rows:.2f} epochs",
+        ]
+        schedule = config.weighting.weighting_schedule
+        weighting = f"weighting {config.weighting.weighting}" if schedule is None else f"weighting {schedule}"
+        if self.inputs.schedule.needs_scorer:
+            weighting += (
+                f", {scorer.scorer} scorer, windows of {scorer.short_window} every {scorer.short_stride} tokens"
+            )
+        lines.append(weighting)
+        if config.checkpoint.save is None and config.checkpoint.save_hf is None:
+            lines.append("warning: neither --save nor --save-hf: nothing of this run is kept")
+        return lines
 
     def _with_run_metrics(self, metrics: dict[str, Any]) -> dict[str, Any]:
         tokens, by_position = metrics.pop("tokens"), metrics.pop("by_position")
@@ -266,6 +339,7 @@ class Run:
             iteration=self.iteration,
             consumed_samples=self.loader.consumed_samples,
             seq_length=self.config.data.seq_length,
+            old_context=self.inputs.source.old_context,
             loader=self.loader.state_dict(),
             scores=self.inputs.scores.header.fingerprint if self.inputs.scores is not None else None,
         )

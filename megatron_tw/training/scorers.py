@@ -17,13 +17,15 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
-from megatron_tw.config import ModelConfig, ParallelConfig, RunConfig
+from megatron_tw.config import ModelConfig, ParallelConfig, RunConfig, check_model_shape
 from megatron_tw.data.rows import TokenRows
 from megatron_tw.data.scores import ScoreRows, check_scores
+from megatron_tw.data.vocabulary import check_scorer_vocabulary
 from megatron_tw.model.architecture import Architecture, read_architecture
 from megatron_tw.model.build import build_model, load_hf
 from megatron_tw.model.forward import ShortWindowScorer
 from megatron_tw.model.gpt import TokenWeightedGPT
+from megatron_tw.model.huggingface import SafetensorsFolder
 from megatron_tw.parallel.devices import Device
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.runtime.source import row_bos_id
@@ -114,27 +116,47 @@ class LiveFrozenScorer(_Stateless):
 
     @staticmethod
     def load(
-        folder: str, config: RunConfig, windows: ShortWindowScorer, layout: Layout, device: Device, vocab_size: int
+        folder: str, config: RunConfig, windows: ShortWindowScorer, layout: Layout, device: Device
     ) -> "LiveFrozenScorer":
-        """Load the model from a Hugging Face folder.
-
-        Raises:
-            ValueError: another vocabulary than the model in training, or a model that the layout does not admit.
-        """
+        """Load the model from a Hugging Face folder that `open_live_scorer` has checked."""
         architecture = read_architecture(folder)
-        if architecture.vocab_size != vocab_size:
-            raise ValueError(
-                f"--scorer-hf {folder}: a scorer with a vocabulary of {architecture.vocab_size}; the model's has "
-                f"{vocab_size}"
-            )
         if not layout.is_last_stage:
             return LiveFrozenScorer(windows, None)
-        parallel = replace(config.parallel, pipeline_model_parallel_size=1, num_layers_per_virtual_pipeline_stage=None)
+        parallel = unpipelined(config.parallel)
         model = build_unpipelined(architecture, parallel, config.model, layout, device)
         load_hf(model, folder, architecture, layout)
         for parameter in model[0].parameters():
             parameter.requires_grad_(False)
         return LiveFrozenScorer(windows, model)
+
+
+def unpipelined(parallel: ParallelConfig) -> ParallelConfig:
+    """The same without a pipeline."""
+    return replace(parallel, pipeline_model_parallel_size=1, num_layers_per_virtual_pipeline_stage=None)
+
+
+def open_live_scorer(folder: str, parallel: ParallelConfig, rows: TokenRows, model: Architecture) -> None:
+    """Check the second model of --scorer-hf, from the headers of its files, before anything is allocated.
+
+    Raises:
+        ValueError: no model there, another vocabulary than the rows and the model in training have, or a model that the
+            layout does not admit.
+    """
+    try:
+        scorer = read_architecture(folder)
+        if scorer.vocab_size != model.vocab_size:
+            raise ValueError(f"a scorer with a vocabulary of {scorer.vocab_size}; the model's has {model.vocab_size}")
+        check_scorer_vocabulary(rows, folder, scorer.vocab_size)
+        check_model_shape(
+            unpipelined(parallel),
+            num_layers=scorer.num_layers,
+            num_attention_heads=scorer.num_attention_heads,
+            num_query_groups=scorer.num_query_groups,
+            ffn_hidden_size=scorer.ffn_hidden_size,
+        )
+        SafetensorsFolder(folder, scorer)
+    except ValueError as error:
+        raise ValueError(f"--scorer-hf {folder}: {error}") from error
 
 
 def build_unpipelined(
@@ -274,4 +296,4 @@ def make_scorer(
     if options.scorer == "ema":
         return EmaScorer(windows, model, chunks, options.scorer_ema_decay)
     assert options.scorer_hf is not None
-    return LiveFrozenScorer.load(options.scorer_hf, config, windows, layout, device, architecture.vocab_size)
+    return LiveFrozenScorer.load(options.scorer_hf, config, windows, layout, device)

@@ -42,6 +42,16 @@ class WeightingConfig:
         """Whether weights depend on the short NLL: not with lambda = 1 or kappa = 1, which are plain cross-entropy."""
         return self.interpolation != 1.0 and self.sparsification != 1.0
 
+    @property
+    def may_be_negative(self) -> bool:
+        """Whether a weight can be below 0, which would teach the model to miss the target."""
+        if self.sparsification is not None or self.normalization == "softmax" or self.interpolation == 1.0:
+            return False
+        negative = self.comparison == "difference"
+        for transform, _ in map(parse_transform, self.transforms):
+            negative = transform not in ("absolute", "exp", "max") and (negative or transform in ("minus", "shift"))
+        return negative
+
     @staticmethod
     def preset(name: str, **parameters: float | None) -> "Weighting":
         """The scheme called `name`, with published settings for what `parameters` (see `PRESETS`) leaves open.

@@ -3,7 +3,7 @@
 from dataclasses import fields, replace
 
 from megatron_tw.config import WeightingOptions
-from megatron_tw.weighting.config import PRESETS, Weighting, WeightingConfig
+from megatron_tw.weighting.config import PRESETS, ExactConfig, Weighting, WeightingConfig
 from megatron_tw.weighting.schedule import Stage, WeightingSchedule, parse_schedule
 
 _OVERRIDES = {"comparison", "transforms", "truncation", "sparsification", "normalization", "interpolation"}
@@ -14,12 +14,36 @@ def schedule_from_options(options: WeightingOptions) -> WeightingSchedule:
     """The run's scheme at every step: `--weighting-schedule`, or one scheme throughout.
 
     Raises:
-        ValueError: a stage that cannot be read, or an option that its scheme does not have; names the option.
+        ValueError: a stage that cannot be read, an option that its scheme does not have or that no stage uses, or
+            weights that may be negative; names the option.
     """
     scheme = _scheme_from_options(options)
     if options.weighting_schedule is None:
-        return WeightingSchedule((Stage(0, None, scheme),))
-    return parse_schedule(options.weighting_schedule, base=scheme)
+        schedule = WeightingSchedule((Stage(0, None, scheme),))
+    else:
+        schedule = parse_schedule(options.weighting_schedule, base=scheme)
+        if options != WeightingOptions(weighting_schedule=options.weighting_schedule) and not any(
+            stage.scheme == scheme for stage in schedule.stages
+        ):
+            raise ValueError(f"--weighting-schedule: no stage is base, the scheme of --weighting {options.weighting}")
+    for stage in schedule.stages:
+        if isinstance(stage.scheme, WeightingConfig) and stage.scheme.may_be_negative:
+            raise ValueError(
+                f"--transforms: {' '.join(stage.scheme.transforms) or 'none'} leaves weights below 0, which teach the "
+                "model to miss its targets; expected absolute, exp or max at the end, or --sparsification"
+            )
+    return schedule
+
+
+def check_tail(schedule: WeightingSchedule, seq_length: int) -> None:
+    """That rows of `seq_length` tokens have the long contexts which exact is to favour.
+
+    Raises:
+        ValueError: they have not.
+    """
+    for stage in schedule.stages:
+        if isinstance(stage.scheme, ExactConfig) and stage.scheme.tau >= seq_length:
+            raise ValueError(f"--tau: expected less than the {seq_length} tokens of a row, got {stage.scheme.tau:g}")
 
 
 def _scheme_from_options(options: WeightingOptions) -> Weighting:
@@ -42,6 +66,8 @@ def _scheme_from_options(options: WeightingOptions) -> Weighting:
         for name in ("alpha", "gamma", "tau"):
             if name in given:
                 raise ValueError(f"--{name}: a custom scheme does not have this option")
+        if not given:
+            raise ValueError("--weighting custom: expected --transforms or other steps with it, got none")
         return WeightingConfig(**given)
     parameters = PRESETS[options.weighting].parameters if options.weighting in PRESETS else {}
     scheme = WeightingConfig.preset(options.weighting, **{name: given[name] for name in given if name in parameters})
