@@ -145,6 +145,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"exit_signal_handler": True}, "--exit-signal-handler: expected --save"),
     ({"save": "s", "exit_duration_in_mins": 0}, "--exit-duration-in-mins: expected 1 or more"),
     ({"save": "s", "exit_interval": 0}, "--exit-interval: expected 1 or more"),
+    ({"save": "rows"}, "--save: expected another folder than --data-path, got rows for both"),
+    ({"save": "./model"}, "--save: expected another folder than --load-hf"),
     ({"save_hf": "./model"}, "--save-hf: expected another folder than --load-hf"),
     ({"save": "out", "save_hf": "out"}, "--save-hf: expected another folder than --save"),
     ({"load": "out", "save_hf": "out"}, "--save-hf: expected another folder than --load"),

@@ -13,7 +13,8 @@ from tiny import Axes, layout_of, release
 from megatron_tw.config import CheckpointConfig, RunConfig, TrainConfig
 from megatron_tw.parallel.devices import Device, prepare_device
 from megatron_tw.runtime.exits import Exits
-from megatron_tw.training.loop import Run, open_inputs
+from megatron_tw.training.inputs import open_inputs
+from megatron_tw.training.loop import Run
 
 __all__ = ["reference_data"]  # a fixture of test_training
 AXES = Axes(pp=2)

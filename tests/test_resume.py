@@ -32,7 +32,8 @@ from megatron_tw.config import (
     WeightingOptions,
 )
 from megatron_tw.parallel.devices import prepare_device
-from megatron_tw.training.loop import Run, open_inputs
+from megatron_tw.training.inputs import open_inputs
+from megatron_tw.training.loop import Run
 from megatron_tw.training.scorers import EmaScorer
 
 __all__ = ["reference_data"]  # a fixture of test_training

@@ -36,7 +36,8 @@ from tiny import (
 from megatron_tw.config import ModelConfig, OptimizationConfig, TrainConfig, WeightingOptions
 from megatron_tw.model.forward import ShortWindowScorer, deal_windows, num_window_groups
 from megatron_tw.parallel.devices import prepare_device
-from megatron_tw.training.loop import Run, open_inputs
+from megatron_tw.training.inputs import open_inputs
+from megatron_tw.training.loop import Run
 from megatron_tw.weighting import plan_windows
 
 

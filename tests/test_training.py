@@ -38,7 +38,8 @@ from megatron_tw.model.forward import ShortWindowScorer
 from megatron_tw.parallel.devices import prepare_device
 from megatron_tw.parallel.layout import destroy_layout
 from megatron_tw.runtime.scoring import score_tokens
-from megatron_tw.training.loop import Run, open_inputs, train
+from megatron_tw.training.inputs import open_inputs
+from megatron_tw.training.loop import Run, train
 
 DENSE = WeightingOptions(weighting="dense", interpolation=0.75)
 SPARSE_UNFROZEN = WeightingOptions(weighting="sparse", sparsification=0.2)

@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_tw.config.options import flag
 from megatron_tw.config.schema import (
     CheckpointConfig,
+    DataConfig,
     ModelConfig,
     OptimizationConfig,
     ParallelConfig,
@@ -31,7 +32,7 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
     else:
         _require(config.scorer.short_stride is None, "--short-stride: expected --short-window with it, got none")
     check_optimizer(config.optimizer)
-    check_checkpoint(config.checkpoint, config.model, config.train)
+    check_checkpoint(config.checkpoint, config.model, config.data, config.train)
     _at_least(1, train_iters=config.train.train_iters, micro_batch_size=config.train.micro_batch_size)
     _at_least(1, global_batch_size=config.train.global_batch_size, exit_interval=config.train.exit_interval)
     _at_least(1, exit_duration_in_mins=config.train.exit_duration_in_mins)
@@ -255,7 +256,7 @@ def check_optimizer(optimizer: OptimizationConfig) -> None:
     )
 
 
-def check_checkpoint(checkpoint: CheckpointConfig, model: ModelConfig, train: TrainConfig) -> None:
+def check_checkpoint(checkpoint: CheckpointConfig, model: ModelConfig, data: DataConfig, train: TrainConfig) -> None:
     """That there is something to start from, and that what is asked to be written has its own place."""
     _require(
         model.load_hf is not None or checkpoint.load is not None,
@@ -269,11 +270,15 @@ def check_checkpoint(checkpoint: CheckpointConfig, model: ModelConfig, train: Tr
         ("exit_signal_handler", train.exit_signal_handler or None),
     ):
         _require(value is None or checkpoint.save is not None, f"{flag(name)}: expected --save with it")
-    for name, other in (("load_hf", model.load_hf), ("save", checkpoint.save), ("load", checkpoint.load)):
-        if checkpoint.save_hf is not None and other is not None:
+    sources = {"load_hf": model.load_hf, "data_path": data.data_path, "valid_data_path": data.valid_data_path}
+    for target, folder, others in (
+        ("save", checkpoint.save, sources),
+        ("save_hf", checkpoint.save_hf, {**sources, "save": checkpoint.save, "load": checkpoint.load}),
+    ):
+        for name, other in others.items():
             _require(
-                Path(checkpoint.save_hf).resolve() != Path(other).resolve(),
-                f"--save-hf: expected another folder than {flag(name)}, got {checkpoint.save_hf} for both",
+                folder is None or other is None or Path(folder).resolve() != Path(other).resolve(),
+                f"{flag(target)}: expected another folder than {flag(name)}, got {folder} for both",
             )
 
 

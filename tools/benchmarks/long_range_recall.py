@@ -141,7 +141,8 @@ def run_task(task: Task) -> list[dict[str, float]]:
     """Train and measure; the base is exported for the extensions. Returns the measurements along the way."""
     from megatron_tw.parallel.devices import prepare_device
     from megatron_tw.parallel.layout import destroy_layout, make_layout, start_process_group
-    from megatron_tw.training.loop import Run, open_inputs
+    from megatron_tw.training.inputs import open_inputs
+    from megatron_tw.training.loop import Run
 
     settings, is_base = task.settings, task.scheme is None
     if is_base:

@@ -133,7 +133,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any] | None:
     from megatron.core.pipeline_parallel import schedules
 
     from megatron_tw.parallel.layout import make_layout, start_process_group
-    from megatron_tw.training.loop import Run, open_inputs
+    from megatron_tw.training.inputs import open_inputs
+    from megatron_tw.training.loop import Run
 
     for name in ("forward", "backward"):
         setattr(schedules, f"{name}_step", watch.timed(name, getattr(schedules, f"{name}_step")))
