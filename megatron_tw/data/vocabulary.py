@@ -7,23 +7,14 @@ from megatron_tw.data.rows import TOKENIZER_DIR, TokenRows, check_rows
 from megatron_tw.data.tokenizer import VOCABULARY_FILES, load_tokenizer
 
 
-def check_same_vocabulary(rows: TokenRows, folder: str | Path, what: str) -> None:
-    """Check that a model's folder has the vocabulary of the rows, where both have a tokenizer: their tables of tokens
-    are compared, because tokenizers of one family may name their special tokens differently.
-
-    what: the model, as errors name it.
+def check_model_vocabulary(rows: TokenRows, folder: str | Path) -> None:
+    """Check that the folder of a model's tokenizer has the vocabulary of the rows, as far as the two can be compared.
 
     Raises:
         ValueError: another vocabulary; names both.
     """
-    folder, made_by = Path(folder), rows.header.tokenizer
-    if made_by is not None and has_tokenizer(folder) and load_tokenizer(folder).fingerprint != made_by.fingerprint:
-        _check_tables(folder, rows.path / TOKENIZER_DIR, what)
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether the folder holds a tokenizer's files."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", *VOCABULARY_FILES))
+    if _same_tokens(rows, Path(folder)) is False:
+        raise ValueError(f"{folder}: a model with another vocabulary than the rows, {rows.path}")
 
 
 def check_scorer_vocabulary(rows: TokenRows, folder: str | Path, vocab_size: int) -> None:
@@ -39,26 +30,29 @@ def check_scorer_vocabulary(rows: TokenRows, folder: str | Path, vocab_size: int
         ValueError: another vocabulary; names both.
     """
     check_rows(rows, seq_length=rows.header.seq_length, model_vocab_size=vocab_size)
-    if rows.header.tokenizer is not None and has_tokenizer(Path(folder)):
-        check_same_vocabulary(rows, folder, "scorer")
-    elif rows.header.vocab_size not in (None, vocab_size):
+    same = _same_tokens(rows, Path(folder))
+    if same is False:
+        raise ValueError(f"{folder}: a scorer with another vocabulary than the rows, {rows.path}")
+    if same is None and rows.header.vocab_size not in (None, vocab_size):
         raise ValueError(
             f"{folder}: a scorer with another vocabulary: {vocab_size} tokens, the rows of {rows.path} have "
             f"{rows.header.vocab_size}, and there are no two tokenizers to compare"
         )
 
 
-def _check_tables(model: Path, rows: Path, what: str) -> None:
-    """Compare the first file of tokens that both folders have."""
-    for name in ("tokenizer.json", *VOCABULARY_FILES):
-        ours, theirs = model / name, rows / name
+def _same_tokens(rows: TokenRows, folder: Path) -> bool | None:
+    """Whether the tokenizer in `folder` and that of the rows have the same tokens; None where there are no two that
+    can be compared: by their fingerprint, or by the first file of tokens that both have."""
+    made_by, files = rows.header.tokenizer, ("tokenizer.json", *VOCABULARY_FILES)
+    if made_by is None or not any((folder / name).is_file() for name in files):
+        return None
+    if load_tokenizer(folder).fingerprint == made_by.fingerprint:
+        return True
+    for name in files:
+        ours, theirs = folder / name, rows.path / TOKENIZER_DIR / name
         if ours.is_file() and theirs.is_file():
-            if _table(ours) != _table(theirs):
-                raise ValueError(f"{ours}: a {what} with another vocabulary than the rows, whose tokenizer is {theirs}")
-            return
-    raise ValueError(
-        f"{model}: a {what} whose tokenizer cannot be compared with that of the rows, {rows}: no file in common"
-    )
+            return _table(ours) == _table(theirs)
+    return None
 
 
 def _table(file: Path) -> object:

@@ -18,7 +18,7 @@ from megatron_tw.config.evaluation import EvaluationConfig
 from megatron_tw.config.options import flag
 from megatron_tw.data.files import check_new_folder
 from megatron_tw.data.rows import TokenRows, check_rows
-from megatron_tw.data.vocabulary import check_same_vocabulary
+from megatron_tw.data.vocabulary import check_model_vocabulary
 from megatron_tw.evaluation.result import EvaluationHeader, EvaluationResult
 from megatron_tw.model.build import build_model
 from megatron_tw.model.forward import ShortWindowScorer, long_nll
@@ -57,7 +57,7 @@ def evaluate(config: EvaluationConfig) -> EvaluationResult | None:
     rows = TokenRows(options.data_path)
     check_rows(rows, seq_length=options.seq_length, model_vocab_size=architecture.vocab_size)
     if source.tokenizer_dir is not None:
-        check_same_vocabulary(rows, source.tokenizer_dir, "model")
+        check_model_vocabulary(rows, source.tokenizer_dir)
     bos_id = row_bos_id(options.bos_id, rows, architecture)
     num_rows = len(rows) if options.eval_rows is None else min(options.eval_rows, len(rows))
 

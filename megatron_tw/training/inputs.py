@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron_tw.config import DEFAULT_KEEP_LOGITS_MIB, RunConfig, check_config, check_scorer
 from megatron_tw.data.rows import TOKENIZER_DIR, TokenRows, check_rows
 from megatron_tw.data.scores import ScoreRows
-from megatron_tw.data.vocabulary import check_same_vocabulary
+from megatron_tw.data.vocabulary import check_model_vocabulary
 from megatron_tw.model.architecture import Architecture
 from megatron_tw.model.build import check_export_target
 from megatron_tw.parallel.layout import Layout
@@ -51,7 +51,7 @@ def open_inputs(config: RunConfig) -> Inputs:
     check_rows(rows, seq_length=config.data.seq_length, model_vocab_size=source.architecture.vocab_size)
     row_bos_id(config.data.bos_id, rows, source.architecture)
     if source.tokenizer_dir is not None:
-        check_same_vocabulary(rows, source.tokenizer_dir, "model")
+        check_model_vocabulary(rows, source.tokenizer_dir)
     valid_rows = (
         _open_valid_rows(config, rows, source.architecture) if config.data.valid_data_path is not None else None
     )
