@@ -70,7 +70,10 @@ def open_source(*, load: str | None, load_hf: str | None, rotary_base: float | N
     """
     saved = find_checkpoint(load) if load is not None else None
     if load_hf is not None:
-        architecture = read_architecture(load_hf)
+        try:
+            architecture = read_architecture(load_hf)
+        except ValueError as error:
+            raise ValueError(f"--load-hf: {error}") from error
         if saved is not None:
             check_same_model(saved, architecture)
             architecture = saved.architecture

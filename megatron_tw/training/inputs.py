@@ -47,14 +47,14 @@ def open_inputs(config: RunConfig) -> Inputs:
     source = open_source(
         load=config.checkpoint.load, load_hf=config.model.load_hf, rotary_base=config.model.rotary_base
     )
-    rows = TokenRows(config.data.data_path)
-    check_rows(rows, seq_length=config.data.seq_length, model_vocab_size=source.architecture.vocab_size)
+    rows = _open_rows("--data-path", config.data.data_path, config, source.architecture)
     row_bos_id(config.data.bos_id, rows, source.architecture)
     if source.tokenizer_dir is not None:
         check_model_vocabulary(rows, source.tokenizer_dir)
-    valid_rows = (
-        _open_valid_rows(config, rows, source.architecture) if config.data.valid_data_path is not None else None
-    )
+    valid_rows = None
+    if config.data.valid_data_path is not None:
+        valid_rows = _open_rows("--valid-data-path", config.data.valid_data_path, config, source.architecture)
+        _check_same_tokenizer(valid_rows, rows)
     if schedule.needs_scorer and config.scorer.scorer_hf is not None:
         open_live_scorer(config.scorer.scorer_hf, config.parallel, rows, source.architecture)
     scores = open_scores(config, rows, source.architecture) if schedule.needs_scorer else None
@@ -93,17 +93,19 @@ def resolve(config: RunConfig, inputs: Inputs, layout: Layout) -> RunConfig:
     )
 
 
-def _open_valid_rows(config: RunConfig, rows: TokenRows, architecture: Architecture) -> TokenRows:
-    assert config.data.valid_data_path is not None
+def _open_rows(option: str, path: str, config: RunConfig, architecture: Architecture) -> TokenRows:
     try:
-        valid_rows = TokenRows(config.data.valid_data_path)
-        check_rows(valid_rows, seq_length=config.data.seq_length, model_vocab_size=architecture.vocab_size)
+        rows = TokenRows(path)
+        check_rows(rows, seq_length=config.data.seq_length, model_vocab_size=architecture.vocab_size)
     except ValueError as error:
-        raise ValueError(f"--valid-data-path: {error}") from error
+        raise ValueError(f"{option}: {error}") from error
+    return rows
+
+
+def _check_same_tokenizer(valid_rows: TokenRows, rows: TokenRows) -> None:
     ours, theirs = (dataset.header.tokenizer for dataset in (valid_rows, rows))
     if ours is not None and theirs is not None and ours.fingerprint != theirs.fingerprint:
         raise ValueError(
             f"--valid-data-path {valid_rows.path}: rows of another tokenizer, {ours.name}, than those of --data-path, "
             f"{theirs.name}"
         )
-    return valid_rows
