@@ -28,12 +28,12 @@ if [ "$size" = full ]; then
     corpus_bytes=12000000 vocab=1024 hidden=128 layers=2       # the model
     n=128 base_rows=16 base_steps=850                          # base training: rows of n tokens, rows a step, steps
     N=512 stride=96 rows=8 steps=100 lr=2e-3 rope=100000       # extension; stride of the short windows
-    eval_rows=200 eval_stride=64 eval_ranks=2                  # evaluation
+    eval_rows=200 eval_stride=64 eval_ranks=2 eval_interval=25 # evaluation; steps between held-out losses
 else
     corpus_bytes=1000000 vocab=512 hidden=64 layers=2
     n=64 base_rows=16 base_steps=30
     N=256 stride=48 rows=4 steps=4 lr=1e-3 rope=100000
-    eval_rows=8 eval_stride=32 eval_ranks=1
+    eval_rows=8 eval_stride=32 eval_ranks=1 eval_interval=4
 fi
 
 source "$root/tools/setup_env.sh"
@@ -88,7 +88,7 @@ extend() { # extend NAME OPTION...
         "${launch[@]}" 4 tools/train.py --load-hf "$output/train/base/hf" --data-path "$output/rows/long" --seq-length $N \
         --tensor-model-parallel-size 2 --context-parallel-size 2 --rotary-base $rope \
         --micro-batch-size $rows --global-batch-size $rows --train-iters $steps --lr $lr --lr-decay-style cosine \
-        --lr-warmup-iters $((steps / 10)) --valid-data-path "$output/rows/heldout" --eval-interval $((steps / 4)) --eval-iters 4 \
+        --lr-warmup-iters $((steps / 10)) --valid-data-path "$output/rows/heldout" --eval-interval $eval_interval --eval-iters 4 \
         --save "$output/train/$name/run" --save-hf "$output/train/$name/hf" "$@"
 }
 scorer=(--scorer unfrozen --short-window $n --short-stride $stride)

@@ -65,7 +65,7 @@ def straight(ranks, reference_data, tmp_path_factory) -> Path:
     return save
 
 
-@pytest.mark.parametrize("axes", [Axes(dp=2), Axes(cp=2), Axes(pp=2, vpp_layers=1)], ids=lambda axes: axes.name)
+@pytest.mark.parametrize("axes", [Axes(dp=2), Axes(pp=2, vpp_layers=1)], ids=lambda axes: axes.name)
 def test_overlapped_runs_learn_and_resume_alike(axes, straight, ranks, reference_data, tmp_path):
     pool, overlap = ranks(axes.world_size), overlapping(axes)
     pool.run(run_all, [run_of(axes, reference_data, tmp_path / "whole", parallel=overlap)])
