@@ -96,7 +96,7 @@ assert len(FULL_LAYOUTS) == 34
 ALL = TRAJECTORIES
 MAIN, FROZEN = TRAJECTORIES[:3], TRAJECTORIES[-2:]
 # Which runs a layout repeats in the ordinary suite; with --full every layout repeats all of them.
-RUNS = {Axes(): ALL, Axes(tp=2): ALL, Axes(pp=2, vpp_layers=1): ALL, Axes(cp=4): FROZEN, Axes(cp=2, dp=2): FROZEN,
+RUNS = {Axes(): ALL, Axes(pp=2, vpp_layers=1): ALL, Axes(cp=4): FROZEN, Axes(cp=2, dp=2): FROZEN,
         Axes(tp=2, pp=2, cp=2): TRAJECTORIES[1:2], Axes(tp=4): TRAJECTORIES[1:2]}  # fmt: skip
 EVERY_LAYOUT = [pytest.param(axes, RUNS.get(axes, MAIN), id=axes.name) for axes in LAYOUTS] + [
     pytest.param(axes, ALL, id=f"{axes.name}-all", marks=pytest.mark.full)
