@@ -27,10 +27,7 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
     check_model(config.model, config.parallel)
     check_weighting(config.weighting, config.scorer)
     check_seq_length(config.parallel, config.data.seq_length)
-    if config.scorer.short_window is not None:
-        check_windows(config.scorer, config.data.seq_length)
-    else:
-        _require(config.scorer.short_stride is None, "--short-stride: expected --short-window with it, got none")
+    check_windows(config.scorer, config.data.seq_length)
     check_optimizer(config.optimizer)
     check_checkpoint(config.checkpoint, config.model, config.data, config.train)
     _at_least(1, train_iters=config.train.train_iters, micro_batch_size=config.train.micro_batch_size)
@@ -139,9 +136,12 @@ def check_seq_length(parallel: ParallelConfig, seq_length: int) -> None:
 
 
 def check_windows(scorer: ScorerConfig, seq_length: int) -> None:
-    """The short windows of a row of `seq_length` tokens. Needs `short_window`."""
-    window, least = scorer.short_window, scorer.least_context
-    assert window is not None
+    """The short windows of a row of `seq_length` tokens, or that without them there is no stride."""
+    window = scorer.short_window
+    if window is None:
+        _require(scorer.short_stride is None, "--short-stride: expected --short-window with it, got none")
+        return
+    least = scorer.least_context
     _at_least(1, short_stride=scorer.short_stride, scoring_micro_batch=scorer.scoring_micro_batch)
     _require(
         2 <= window <= seq_length, f"--short-window: expected 2 to {seq_length}, the tokens of a row, got {window}"
@@ -172,12 +172,7 @@ def check_own_windows(scorer: ScorerConfig, seq_length: int) -> None:
     _require(
         scorer.scorer == "unfrozen", f"--scorer {scorer.scorer}: an evaluation's short contexts are the model's own"
     )
-    _require(
-        scorer.short_window is not None or scorer.short_stride is None,
-        "--short-stride: expected --short-window with it, got none",
-    )
-    if scorer.short_window is not None:
-        check_windows(scorer, seq_length)
+    check_windows(scorer, seq_length)
 
 
 def check_weighting(weighting: WeightingOptions, scorer: ScorerConfig) -> None:
