@@ -15,13 +15,11 @@ COPY tools tools
 COPY examples examples
 COPY tests tests
 
-# What the image has keeps its version: its list comes first, and of constraints.txt only the other packages remain.
-# (`pip list`, not `pip freeze`: the latter names the image's own wheels by a path that is gone. The image's
-# PIP_CONSTRAINT says the same for its packages; it is switched off so that one list is in force.)
-RUN pip list --format=freeze | tr 'A-Z_' 'a-z-' | sort > /tmp/image.txt \
- && cut -d= -f1 /tmp/image.txt > /tmp/names.txt \
- && sed 's/#.*//' constraints.txt | tr 'A-Z_' 'a-z-' \
-    | awk -F== 'NR == FNR { have[$1]; next } NF && !($1 in have)' /tmp/names.txt - >> /tmp/image.txt \
- && PIP_CONSTRAINT= pip install --no-cache-dir -c /tmp/image.txt -e '.[dev]'
+# The image's GPU stack keeps its versions, constraints.txt decides the rest. (The image's PIP_CONSTRAINT pins all that it
+# holds, which does not resolve; it is switched off.)
+RUN bash tools/image_constraints.sh > /tmp/constraints.txt \
+ && PIP_CONSTRAINT= pip install --no-cache-dir -c /tmp/constraints.txt -e '.[dev]' \
+ && pip check \
+ && python -c "import torch, transformer_engine.pytorch, apex, megatron.core, transformers, megatron_tw.training.loop"
 
 CMD ["python", "tools/train.py", "--help"]
