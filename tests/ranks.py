@@ -14,6 +14,7 @@ A rank lives across `run` calls and keeps its default process group, so whatever
 patches), that test takes down.
 """
 
+import gc
 import importlib
 import os
 import pickle
@@ -175,8 +176,10 @@ def _answer(request: bytes) -> bytes:
     """Pickled (None, result) or (exception, traceback as text)."""
     try:
         module, qualname, args, kwargs = pickle.loads(request)
+        function = getattr(importlib.import_module(module), qualname)
         torch.manual_seed(0)  # a test must not depend on those that ran before it
-        result = getattr(importlib.import_module(module), qualname)(*args, **kwargs)
+        gc.freeze()  # what is imported stays: a collection of all of it takes a second, and many tests ask for one
+        result = function(*args, **kwargs)
         return pickle.dumps((None, result))
     except Exception as error:
         text = traceback.format_exc()

@@ -1,6 +1,7 @@
-"""Faults of Megatron-Core 0.16.1's distributed optimizer, mended where they are."""
+"""Faults of Megatron-Core 0.16.1's distributed optimizer and checkpoints, mended where they are."""
 
 import functools
+import queue
 from itertools import accumulate
 from typing import Any
 
@@ -16,6 +17,7 @@ def mend_megatron() -> None:
     DistributedOptimizer._megatron_tw_mended = True
     mend_bucket_padding()
     mend_adamw_fallback()
+    mend_synchronous_saves()
 
 
 def mend_bucket_padding() -> None:
@@ -100,3 +102,14 @@ def mend_adamw_fallback() -> None:
     DistributedOptimizer.state_dict = state_dict_from_the_start
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states_without_step
     DistributedOptimizer.load_state_dict = load_with_own_steps
+
+
+def mend_synchronous_saves() -> None:
+    """Hand the results of a synchronous save over within the process that writes it.
+
+    Megatron-Core takes a manager for it, which only asynchronous saves need: one more Python process a rank, which
+    imports the program again at the first save (seconds), and is left behind when its rank is killed.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._get_write_results_queue = queue.SimpleQueue
