@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import edit_header
 
 from megatron_tw.data import loader as loader_module
 from megatron_tw.data.loader import Loader, RowOrder, epoch_permutation
 from megatron_tw.data.prepare import prepare_rows
 from megatron_tw.data.rows import TokenRows, check_rows
+from megatron_tw.data.verify import verify_folder
 
 NUM_ROWS, SEQ_LENGTH = 10, 4
 SHUFFLE_0 = [1, 6, 2, 0, 3, 5, 7, 4]
@@ -76,8 +78,13 @@ def test_rows_are_copies_that_outlive_the_dataset(rows: TokenRows) -> None:
 
 
 def replace_in_header(folder: Path, **fields: object) -> None:
-    header = json.loads((folder / "dataset.json").read_text())
-    (folder / "dataset.json").write_text(json.dumps(header | fields))
+    edit_header(folder / "dataset.json", **fields)
+
+
+def flip_byte(file: Path, place: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
 
 
 def cut_by_one_byte(file: Path) -> None:
@@ -95,12 +102,42 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "other kind": (lambda folder: replace_in_header(folder, format="scores"), r"dataset\.json: not a header of"),
     "other version": (
-        lambda folder: replace_in_header(folder, format_version=2),
-        r"dataset\.json: format version 2, but .* version 1",
+        lambda folder: replace_in_header(folder, format_version=99),
+        r"dataset\.json: format version 99, but .* version 1 and 2",
     ),
     "unknown field": (
         lambda folder: replace_in_header(folder, more=1),
-        r"dataset\.json: missing or unknown fields.*more",
+        r"dataset\.json: unknown fields: more",
+    ),
+    "wrong type": (lambda folder: replace_in_header(folder, bos_id="one"), r'bos_id: expected an integer, got "one"'),
+    "true is no number": (lambda folder: replace_in_header(folder, largest_id=True), "largest_id: expected an integer"),
+    "wrong type inside": (
+        lambda folder: replace_in_header(folder, counts={"rows": []}),
+        r"counts: missing fields: documents, tokens",
+    ),
+    "contradiction": (
+        lambda folder: replace_in_header(folder, vocab_size=10, largest_id=319),
+        "largest_id 319 is no id of a vocabulary of 10 tokens; the file is damaged",
+    ),
+    "BOS outside": (lambda folder: replace_in_header(folder, bos_id=-1), "bos_id -1 is no id"),
+    "no tokens": (lambda folder: replace_in_header(folder, seq_length=0), "seq_length: expected 2 or more, got 0"),
+    "unknown dtype": (
+        lambda folder: replace_in_header(folder, dtype="complex"),
+        "dtype: expected one of uint16",
+    ),
+    "edited": (
+        lambda folder: (folder / "dataset.json").write_text(
+            (folder / "dataset.json").read_text().replace('"bos_id": 1', '"bos_id": 2')
+        ),
+        "not those that were written with its checksum",
+    ),
+    "pointers": (
+        lambda folder: flip_byte(folder / "rows.idx", 34 + 4 * NUM_ROWS),
+        r"rows\.idx does not fit the header",
+    ),
+    "places": (
+        lambda folder: flip_byte(folder / "rows_documents.npy", -1),
+        "is not what was written with dataset.json",
     ),
     "no bin": (lambda folder: (folder / "rows.bin").unlink(), r"rows\.bin is missing"),
     "cut bin": (
@@ -118,6 +155,37 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         r"expected int64 \[10, 2\], got float64 \[3, 2\]",
     ),
 }
+
+
+def test_a_changed_id_is_found_when_its_row_is_read(rows: TokenRows, tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    shutil.copytree(rows.path, folder)
+    flip_byte(folder / "rows.bin", 5 * SEQ_LENGTH * np.dtype(rows.header.dtype).itemsize)
+    opened = TokenRows(folder)
+    assert opened[4].tolist() == rows[4].tolist()
+    with pytest.raises(ValueError, match=r"rows\.bin: the ids of row 5 are not those that were written"):
+        opened[5]
+    with pytest.raises(ValueError, match=r"row 5 .* \(1 of 10 rows\)"):
+        verify_folder(folder)
+    assert "10 rows of 4 tokens are intact" in verify_folder(rows.path)
+
+
+def test_datasets_without_digests_are_read_and_verified(rows: TokenRows, tmp_path: Path) -> None:
+    """As a program of version 1 wrote them."""
+    folder = tmp_path / "rows"
+    shutil.copytree(rows.path, folder)
+    (folder / "rows_digests.npy").unlink()
+    edit_header(folder / "dataset.json", format_version=1, digests=...)
+    assert TokenRows(folder)[5].tolist() == rows[5].tolist()
+    assert "intact" in verify_folder(folder)
+    flip_byte(folder / "rows.bin", 5 * SEQ_LENGTH * 2)
+    with pytest.raises(ValueError, match=r"rows\.bin or rows_documents\.npy was changed after the dataset was made"):
+        verify_folder(folder)
+    content = np.memmap(folder / "rows.bin", dtype=rows.header.dtype, mode="r+")
+    content[5 * SEQ_LENGTH + 2] = 999
+    content.flush()
+    with pytest.raises(ValueError, match=r"row 5, position 2: id 999, but dataset\.json says that the largest is"):
+        TokenRows(folder)[5]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

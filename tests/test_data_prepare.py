@@ -123,7 +123,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, spm_file: Path) -> Non
         prepare_rows(paths, output, seq_length=SEQ_LENGTH, tokenizer=spm_file, text_key=text_key)
         prepared.append(files_of(output))
     assert set(prepared[0]) == {
-        *("dataset.json", "rows.bin", "rows.idx", "rows_documents.npy"),
+        *("dataset.json", "rows.bin", "rows.idx", "rows_documents.npy", "rows_digests.npy"),
         *("tokenizer/tokenizer.model", "tokenizer/tokenizer_config.json"),
     }
     assert all(files == prepared[0] for files in prepared[1:])
@@ -387,3 +387,18 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"a\.parquet: reading parquet needs pyarrow"):
         list(documents.read_documents([file], key="text", ready_ids=False))
+
+
+def test_a_file_named_twice_is_read_once(tmp_path: Path, spm_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the same name, an overlapping glob, a link to it, and a loop of links to folders."""
+    books = tmp_path / "books"
+    books.mkdir()
+    (books / "a.txt").write_text("one two three " * 40)
+    (books / "b.txt").write_text("four five six " * 40)
+    (books / "link.txt").symlink_to(books / "a.txt")
+    (books / "loop").symlink_to(books, target_is_directory=True)
+    once = prepare_rows([books / "a.txt", books / "b.txt"], tmp_path / "once", seq_length=8, tokenizer=spm_file)
+    inputs: list[str | Path] = [books, books / "b.txt", str(books / "*.txt"), str(books / "**" / "*.txt")]
+    again = prepare_rows(inputs, tmp_path / "again", seq_length=8, tokenizer=spm_file, progress=True)
+    assert again == once
+    assert "files were named more than once; each of the 2 files is read once" in capsys.readouterr().out

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from tiny import edit_header
 
 from megatron_tw.evaluation.compare import Difference, compare, paired_difference
 from megatron_tw.evaluation.key_tokens import KeyTokens, choose_key_tokens, key_tokens, long_ppl
@@ -114,17 +115,17 @@ def test_bad_results_are_refused(tmp_path: Path) -> None:
     (folder / "evaluation.json").write_text(header[:50])
     refused(r"evaluation\.json is truncated or no JSON")
     for change, match in (
-        ({"format_version": 99}, "format version 99, but this program reads version 1"),
+        ({"format_version": 99}, "format version 99, but this program reads version 1 and 2"),
         ({"format": "score rows"}, 'not a header of "megatron_tw evaluation"'),
         ({"seq_length": 9}, r"long_nll: expected float32 \[2, 8\], got float32 \[2, 4\]"),
         ({"short_window": None}, "short_nll is there, short_window is None"),
     ):
-        (folder / "evaluation.json").write_text(json.dumps(json.loads(header) | change))
+        edit_header(folder / "evaluation.json", **change)
         refused(match)
-    without_base = json.loads(header)
-    del without_base["rotary_base"]
-    (folder / "evaluation.json").write_text(json.dumps(without_base))
-    refused("fields are missing: rotary_base")
+    edit_header(folder / "evaluation.json", rotary_base=...)
+    refused("missing fields: rotary_base")
+    (folder / "evaluation.json").write_text(header.replace('"model": "', '"model": "another '))
+    refused("not those that were written with its checksum")
 
 
 def test_position_edges_are_powers_of_two_and_the_old_context() -> None:

@@ -4,6 +4,7 @@ published, and torch's AdamW, on one process in fp32. Imports nothing of the pro
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ STEPS, ROWS_A_STEP = 6, 2
 LR, BETAS, EPS, WEIGHT_DECAY, CLIP = 1e-3, (0.9, 0.95), 1e-8, 0.01, 1.0
 RELATIVE = 2e-4  # fp32 sums in another order, over six steps; as the reference trajectories
 SCHEMES = {"dense": ["--interpolation", "0.75"], "sparse": ["--sparsification", "0.2"]}
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -42,7 +43,7 @@ def make_folder(family: str, folder: Path) -> Path:
     else:
         rope = YARN if family == "phi-yarn" else {"rope_type": "default", "rope_theta": 10000.0}
         rope = {**rope, "partial_rotary_factor": 0.5}
-        config = transformers.PhiConfig(**SHAPE, resid_pdrop=0.1, partial_rotary_factor=0.5, rope_parameters=rope)
+        config = transformers.PhiConfig(**SHAPE, resid_pdrop=0.1, rope_parameters=rope)
     torch.manual_seed(len(family))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

@@ -33,7 +33,7 @@ ABSOLUTE = 2e-5
 LAYOUTS = [Axes(), Axes(tp=2), Axes(cp=2), Axes(pp=2), Axes(dp=2), Axes(cp=2, dp=2)]
 FULL_LAYOUTS = [Axes(pp=2, vpp_layers=1), Axes(cp=4), Axes(tp=2, cp=2), Axes(tp=2, pp=2, cp=2)]
 EVERY_LAYOUT = LAYOUTS + [pytest.param(axes, marks=pytest.mark.full) for axes in FULL_LAYOUTS]
-NAMES = ["scores.bin", "scores.idx", "scores.json", "scores_keys.npy"]
+NAMES = ["scores.bin", "scores.idx", "scores.json", "scores_digests.npy", "scores_keys.npy"]
 
 
 def config(axes: Axes, data: Path, output: Path, *, load_hf: Path = TINY_LLAMA, **changes) -> ScoringConfig:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from test_scores import NAMES, data, scored
-from tiny import BOS, STRIDE, WINDOW, prepare_ready_rows, reference_rows
+from tiny import BOS, STRIDE, WINDOW, edit_header, prepare_ready_rows, reference_rows
 
-from megatron_tw.data.rows import TokenRows
+from megatron_tw.data.rows import TokenRows, digest_of_all
 from megatron_tw.data.scores import ScoreRows, check_scores
 
 __all__ = ["data", "scored"]  # fixtures of test_scores
@@ -30,16 +30,20 @@ def test_scores_of_rows_in_any_order_are_found(scored, tmp_path):
     folder = tmp_path / "scores"
     shutil.copytree(scored, folder)
     keys = np.load(folder / "scores_keys.npy")
-    np.save(folder / "scores_keys.npy", keys[[2, 0, 3, 1]])
-    assert ScoreRows(folder).find(keys[:, :2]).tolist() == [1, 3, 0, 2]
+    keys = np.ascontiguousarray(keys[[2, 0, 3, 1]])
+    np.save(folder / "scores_keys.npy", keys)
+    digests = np.load(folder / "scores_digests.npy")
+    edit_header(folder / "scores.json", digests=digest_of_all(keys, digests))
+    places = np.array([[row, 0] for row in range(4)])
+    assert ScoreRows(folder).find(places).tolist() == [1, 3, 0, 2]
 
 
 def dataset_of(rows: np.ndarray, documents: list[list[int]], folder: Path) -> TokenRows:
     """A dataset of ready rows whose places in the documents are said to be these."""
     prepare_ready_rows(rows, folder)
     np.save(folder / "rows_documents.npy", np.array(documents))
-    header = json.loads((folder / "dataset.json").read_text())
-    (folder / "dataset.json").write_text(json.dumps({**header, "fingerprint": folder.name}))
+    digests = digest_of_all(np.array(documents), np.load(folder / "rows_digests.npy"))
+    edit_header(folder / "dataset.json", fingerprint=folder.name, digests=digests)
     return TokenRows(folder)
 
 
@@ -103,15 +107,43 @@ def test_broken_folders_are_refused(scored, data, tmp_path):
     shutil.copytree(scored, folder)
     header = json.loads((folder / "scores.json").read_text())
     for change, message in (
-        ({"format_version": 2}, "format version 2, but this program reads version 1"),
+        ({"format_version": 99}, "format version 99, but this program reads version 1 and 2"),
         ({"format": "megatron_tw token rows"}, 'not a header of "megatron_tw score rows"'),
-        ({"color": "red"}, "missing or unknown fields"),
+        ({"color": "red"}, "unknown fields: color"),
         ({"rows": 5}, r"scores_keys\.npy: expected int64 \[5, 3\]"),
+        ({"rows": "four"}, 'rows: expected an integer, got "four"'),
+        ({"short_window": 0}, "in windows of 0"),
+        ({"computation": [1]}, r"computation: expected a JSON object, got \[1\]"),
     ):
-        (folder / "scores.json").write_text(json.dumps({**header, **change}))
+        edit_header(folder / "scores.json", **change)
         refused(message)
+        (folder / "scores.json").write_text(json.dumps(header))
+    (folder / "scores.json").write_text(json.dumps({**header, "short_stride": 40}))
+    refused("not those that were written with its checksum")
     (folder / "scores.json").write_text(json.dumps(header))
     index = bytearray((folder / "scores.idx").read_bytes())
     index[34] ^= 1  # the first row's length
     (folder / "scores.idx").write_bytes(index)
     refused(r"scores\.idx does not fit the header")
+
+
+def test_changed_nlls_are_refused_when_they_are_read(scored, tmp_path):
+    folder = tmp_path / "scores"
+    shutil.copytree(scored, folder)
+    nll = np.memmap(folder / "scores.bin", dtype="<f4", mode="r+")
+    nll[300] += 0.5  # row 1, finite
+    nll.flush()
+    scores = ScoreRows(folder)
+    scores.nll(np.array([[0, 0], [2, 0]]))
+    with pytest.raises(ValueError, match=r"scores\.bin: the NLLs of score row 1 are not those that were written"):
+        scores.nll(np.array([[2, 0], [1, 0]]))
+
+
+def test_nlls_without_digests_are_read(scored, tmp_path):
+    """As a program of version 1 wrote them."""
+    folder = tmp_path / "scores"
+    shutil.copytree(scored, folder)
+    (folder / "scores_digests.npy").unlink()
+    edit_header(folder / "scores.json", format_version=1, digests=...)
+    places = np.array([[1, 0]])
+    assert torch.equal(ScoreRows(folder).nll(places), ScoreRows(scored).nll(places))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_tw.config import ModelConfig, ParallelConfig, virtual_pipeline_size
+from megatron_tw.data.files import header_checksum
 from megatron_tw.data.prepare import prepare_rows
 from megatron_tw.model.architecture import Architecture, read_architecture
 from megatron_tw.model.build import build_model, load_hf
@@ -84,6 +85,13 @@ def release(model: Sequence[Any]) -> None:
 def reference_rows() -> np.ndarray:
     """The four rows [4, 256] of the reference measurements."""
     return np.load(REFERENCE / "windows.npz")["input_ids"]
+
+
+def edit_header(file: Path, **fields: Any) -> None:
+    """Change fields of a folder's header file (... leaves one out), with a checksum that fits."""
+    content = {**json.loads(file.read_text()), **fields}
+    content = {name: value for name, value in content.items() if name != "checksum" and value is not ...}
+    file.write_text(json.dumps({**content, "checksum": header_checksum(content)}))
 
 
 def prepare_ready_rows(rows: np.ndarray, output: Path) -> Path:

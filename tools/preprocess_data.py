@@ -19,6 +19,7 @@ examples:
   tools/preprocess_data.py --input books/ --tokenizer llama3/ --seq-length 32768 --output rows_32k --workers 16
   tools/preprocess_data.py --input 'src/**/*.py' --tokenizer spm.model --seq-length 2048 --output rows
   tools/preprocess_data.py --input ids.jsonl --tokenizer none --vocab-size 320 --bos-id 1 --seq-length 256 --output rows
+  tools/preprocess_data.py --verify rows
 """
 
 
@@ -29,20 +30,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--input",
         nargs="+",
-        required=True,
         metavar="PATH",
         help="files, quoted globs (** is any depth) or directories (their .txt, .jsonl and .parquet files); "
         "a text file is one document, as is a line of a .jsonl or .json file and a row of a .parquet file",
     )
     parser.add_argument(
         "--tokenizer",
-        required=True,
         metavar="PATH",
         help="Hugging Face folder or tokenizer.json, or sentencepiece .model file; "
         "'none': the documents are ready rows of N token ids, stored as they are",
     )
-    parser.add_argument("--seq-length", type=int, required=True, metavar="N", help="tokens of a row, BOS included")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new or empty folder for the rows")
+    parser.add_argument("--seq-length", type=int, metavar="N", help="tokens of a row, BOS included")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="new or empty folder for the rows")
     parser.add_argument(
         "--text-key",
         metavar="NAME",
@@ -53,6 +52,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--vocab-size", type=int, metavar="V", help="with --tokenizer none: ids must be below it")
     parser.add_argument("--bos-id", type=int, metavar="ID", help="BOS token, if not the tokenizer's own")
+    parser.add_argument(
+        "--verify",
+        type=Path,
+        metavar="DIR",
+        help="instead of all this: read every row of a folder that this tool or tools/score_tokens.py wrote, and "
+        "compare it with what was written",
+    )
     return parser
 
 
@@ -68,8 +74,21 @@ def summary(header: RowsHeader) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    needed = {"--input": options.input, "--tokenizer": options.tokenizer, "--seq-length": options.seq_length,
+              "--output": options.output}  # fmt: skip
+    given = [name for name, value in needed.items() if value is not None]
+    if options.verify is not None and given:
+        parser.error(f"--verify: expected no other option with it, got {', '.join(given)}")
+    if options.verify is None and len(given) < len(needed):
+        parser.error("missing " + ", ".join(name for name in needed if name not in given))
     try:
+        if options.verify is not None:
+            from megatron_tw.data.verify import verify_folder  # imports torch
+
+            print(verify_folder(options.verify, progress=True))
+            return 0
         header = prepare_rows(
             options.input,
             options.output,

@@ -10,6 +10,7 @@ the line where there is one.
 
 import glob
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,22 +36,26 @@ class Document:
     """Its share of the input file's bytes, for progress."""
 
 
-def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
+def expand_inputs(inputs: Sequence[str | Path]) -> tuple[list[Path], int]:
     """The files that `--input` names, in the order given; a glob's or directory's own files are sorted by path.
 
-    A directory stands for its .txt, .jsonl and .parquet files, at any depth; other text files need a glob
-    (`DIR/**/*.py`).
+    Each file comes once, however often and through whatever links it is named. A directory stands for its .txt, .jsonl
+    and .parquet files, at any depth; other text files need a glob (`DIR/**/*.py`).
+
+    Returns:
+        the files, and how many more were named that are one of them.
 
     Raises:
         ValueError: something names no file, or an empty one.
     """
-    files: list[Path] = []
+    files: dict[Path, Path] = {}
+    named = 0
     for item in map(str, inputs):
         path = Path(item)
         if path.is_file():
             found = [path]
         elif path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix in DIRECTORY_SUFFIXES and file.is_file())
+            found = sorted(file for file in _files_below(path) if file.suffix in DIRECTORY_SUFFIXES)
             if not found:
                 raise ValueError(
                     f"--input {item}: the directory holds no {', '.join(DIRECTORY_SUFFIXES)} files; "
@@ -60,13 +65,28 @@ def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
             found = sorted(file for file in map(Path, glob.glob(item, recursive=True)) if file.is_file())
             if not found:
                 raise ValueError(f"--input {item}: no such file or directory, and no glob that matches a file")
-        files += found
+        named += len(found)
+        for file in found:
+            files.setdefault(file.resolve(), file)
     if not files:
         raise ValueError("--input names no file")
-    for file in files:  # now, not after an hour of tokenizing
+    for file in files.values():  # now, not after an hour of tokenizing
         if file.stat().st_size == 0:
             raise ValueError(f"{file}: the file is empty")
-    return files
+    return list(files.values()), named - len(files)
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """All files in a folder and the folders below, links to folders included; each folder once, so that loops end."""
+    seen = set()
+    for name, folders, files in os.walk(folder, followlinks=True):
+        place = os.path.realpath(name)
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders.sort()
+        yield from (file for file in (Path(name) / file for file in files) if file.is_file())
 
 
 def read_documents(files: Sequence[Path], *, key: str, ready_ids: bool) -> Iterator[Document]:

@@ -1,8 +1,9 @@
-"""What the project's own folders have in common: versioned JSON headers, files whose sizes are known, Megatron's index
-files, and that a folder appears complete or not at all.
+"""What the project's own folders have in common: versioned and typed JSON headers, files whose sizes are known,
+Megatron's index files, and that a folder appears complete or not at all.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -10,38 +11,97 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
+
+Header = TypeVar("Header")
 
 _INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
 _INDEX_SEQUENCE_BYTES, _INDEX_BOUNDARY_BYTES = 12, 8  # what follows for each
 
 
-def header_json(kind: str, version: int, header: Any) -> str:
-    """A header file's content: `kind`, `version` and the fields of a dataclass."""
-    return json.dumps({"format": kind, "format_version": version, **dataclasses.asdict(header)}, indent=2) + "\n"
+def header_json(kind: str, version: int, header: Any, **extras: Any) -> str:
+    """A header file's content: `kind`, `version`, the fields of a dataclass, `extras`, and a checksum of all that."""
+    content = {"format": kind, "format_version": version, **dataclasses.asdict(header), **extras}
+    return json.dumps({**content, "checksum": header_checksum(content)}, indent=2) + "\n"
 
 
-def read_header(file: Path, kind: str, version: int, *, remedy: str) -> dict[str, Any]:
-    """The fields in a header file.
+def header_checksum(content: Mapping[str, Any]) -> str:
+    """sha256 (hex) of a header's fields, in whatever order they stand."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    remedy: what to do about another version, in words.
+
+def read_header(
+    file: Path, header: type[Header], kind: str, versions: tuple[int, ...], *, remedy: str, extras: tuple[str, ...] = ()
+) -> Header:
+    """A header file as an instance of the dataclass `header`, every field of the type that its annotation says.
+
+    Args:
+        versions: that this program reads.
+        remedy: what to do about another version, in words.
+        extras: fields that the file may have besides those of the dataclass; they are left out.
 
     Raises:
-        ValueError: not JSON, or a file of another kind or version.
+        ValueError: not JSON, a file of another kind or version, a field that is missing, unknown or of another type, or
+            one that was changed after it was written.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is truncated or no JSON: {error}") from error
-    if not isinstance(content, dict) or content.pop("format", None) != kind:
+    if not isinstance(content, dict) or content.get("format") != kind:
         raise ValueError(f'{file}: not a header of "{kind}"')
-    found = content.pop("format_version", None)
-    if found != version:
-        raise ValueError(f"{file}: format version {found}, but this program reads version {version}; {remedy}")
-    return content
+    found = content.get("format_version")
+    if found not in versions:
+        known = " and ".join(map(str, versions))
+        raise ValueError(f"{file}: format version {found}, but this program reads version {known}; {remedy}")
+    checksum, written = content.pop("checksum", None), dict(content)
+    own = ("format", "format_version", *extras)
+    instance: Header = _typed(header, {name: content[name] for name in content if name not in own}, str(file))
+    if found != 1 and checksum != header_checksum(written):  # version 1 of all formats had none
+        raise ValueError(f"{file}: its fields are not those that were written with its checksum: damaged or edited")
+    return instance
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    """A JSON value as the type `hint`: a number, text, a dict, a dataclass, or a union of them.
+
+    Raises:
+        ValueError: it is of another type, or a dataclass' field is missing or unknown; `where` names the place.
+    """
+    if get_origin(hint) in (Union, UnionType):
+        arms = get_args(hint)
+        if value is None and NoneType in arms:
+            return None
+        plain = [arm for arm in arms if arm is not NoneType]
+        if len(plain) == 1:
+            return _typed(plain[0], value, where)
+        if any(_is_of(arm, value) for arm in plain):
+            return value
+    elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        fields, hints = {field.name: field for field in dataclasses.fields(hint)}, get_type_hints(hint)
+        required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+        if missing := [name for name in required if name not in value]:
+            raise ValueError(f"{where}: missing fields: {', '.join(missing)}")
+        if unknown := [name for name in value if name not in fields]:
+            raise ValueError(f"{where}: unknown fields: {', '.join(unknown)}")
+        make: Any = hint
+        return make(**{name: _typed(hints[name], item, f"{where}: {name}") for name, item in value.items()})
+    elif get_origin(hint) is dict and isinstance(value, dict):
+        return {name: _typed(get_args(hint)[1], item, f"{where}: {name}") for name, item in value.items()}
+    elif _is_of(hint, value):
+        return value
+    names = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+    raise ValueError(f"{where}: expected {names.get(hint, 'a JSON object')}, got {json.dumps(value)[:80]}")
+
+
+def _is_of(hint: Any, value: Any) -> bool:
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return hint is object or (isinstance(hint, type) and isinstance(value, hint))
 
 
 def check_sizes(folder: Path, sizes: Mapping[str, int], what: str) -> None:
@@ -82,8 +142,11 @@ def index_size(sequences: int, boundaries: int) -> int:
     return _INDEX_HEADER.size + _INDEX_SEQUENCE_BYTES * sequences + _INDEX_BOUNDARY_BYTES * boundaries
 
 
-def check_index(file: Path, dtype_code: int, sequences: int, length: int, boundaries: int, what: str) -> None:
-    """That an index file of Megatron's IndexedDataset is of so many sequences, all of this length and dtype.
+def check_index(
+    file: Path, dtype_code: int, itemsize: int, sequences: int, length: int, boundaries: int, what: str
+) -> None:
+    """That an index file of Megatron's IndexedDataset is of so many sequences, all of this length and dtype, one after
+    the other, and of so many document boundaries.
 
     Raises:
         ValueError: it is not.
@@ -92,9 +155,14 @@ def check_index(file: Path, dtype_code: int, sequences: int, length: int, bounda
         same = stream.read(_INDEX_HEADER.size) == _INDEX_HEADER.pack(
             b"MMIDIDX\0\0", 1, dtype_code, sequences, boundaries
         )
-        same = same and bool((np.fromfile(stream, dtype="<i4", count=sequences) == length).all())
-    if not same:
-        raise ValueError(f"{file} does not fit the header: it is of another {what}")
+        lengths = np.fromfile(stream, dtype="<i4", count=sequences)
+        pointers = np.fromfile(stream, dtype="<i8", count=sequences)
+        documents = np.fromfile(stream, dtype="<i8", count=boundaries)
+    same = same and bool((lengths == length).all())
+    same = same and np.array_equal(pointers, np.arange(sequences, dtype=np.int64) * (length * itemsize))
+    same = same and len(documents) == boundaries and bool(documents[0] == 0 and documents[-1] == sequences)
+    if not (same and bool((np.diff(documents) > 0).all())):
+        raise ValueError(f"{file} does not fit the header: it is damaged, or of another {what}")
 
 
 def check_new_folder(output: Path) -> None:

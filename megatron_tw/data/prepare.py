@@ -91,7 +91,9 @@ def prepare_rows(
         raise ValueError(f"--seq-length {seq_length}: a row needs at least 2 tokens")
     if workers < 1:
         raise ValueError(f"--workers {workers}: at least 1 is needed")
-    files = expand_inputs(inputs)
+    files, repeated = expand_inputs(inputs)
+    if repeated and progress:
+        tqdm.write(f"--input: {repeated} files were named more than once; each of the {len(files)} files is read once")
     loaded = None if tokenizer is None else load_tokenizer(tokenizer)
     vocab_size, bos_id = _vocabulary(loaded, vocab_size, bos_id)
     ready_ids = loaded is None

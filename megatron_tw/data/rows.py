@@ -5,13 +5,16 @@
     DIR/rows_documents.npy    [R, 2] int64: number of the row's document, and the offset in it of the row's first token.
                               A row's BOS is no token of its document: row token i >= 1 is its token offset + i - 1.
                               Ready rows are their whole document: row token i is its token i
+    DIR/rows_digests.npy      [R] int64: a digest of each row's ids, compared whenever a row is read
     DIR/tokenizer/            the tokenizer's files (not with ready ids)
 
 Shapes: R rows, N tokens of a row (`seq_length`).
 """
 
+import dataclasses
 import hashlib
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,10 +25,13 @@ import numpy.typing as npt
 from megatron_tw.data.files import check_index, check_sizes, header_json, index_size, load_int64, read_header
 
 FORMAT = "megatron_tw token rows"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 had no digests of the rows."""
 HEADER_FILE = "dataset.json"
 DOCUMENTS_FILE = "rows_documents.npy"
+DIGESTS_FILE = "rows_digests.npy"
 TOKENIZER_DIR = "tokenizer"
+STORED_DTYPES = ("uint16", "int32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,23 +75,38 @@ class RowsHeader:
     counts: RowCounts
     fingerprint: str
     """sha256 (hex) of the rows and their places in the documents: what scores made from these rows refer to."""
+    digests: str | None = None
+    """sha256 (hex) of rows_documents.npy's and rows_digests.npy's numbers; None in version 1."""
 
     def to_json(self) -> str:
         return header_json(FORMAT, FORMAT_VERSION, self)
 
-    @classmethod
-    def from_file(cls, file: Path) -> "RowsHeader":
-        """Raises ValueError for a file of another kind or version, or one with fields missing."""
-        content = read_header(
-            file, FORMAT, FORMAT_VERSION, remedy="prepare the rows again with tools/preprocess_data.py"
-        )
-        try:
-            if content["tokenizer"] is not None:
-                content["tokenizer"] = TokenizerInfo(**content["tokenizer"])
-            content["counts"] = RowCounts(**content["counts"])
-            return cls(**content)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{file}: missing or unknown fields: {error}") from error
+    @staticmethod
+    def from_file(file: Path) -> "RowsHeader":
+        """Raises ValueError for a file of another kind or version, with a field that is missing, unknown or of another
+        type, or with fields that contradict each other."""
+        remedy = "prepare the rows again with tools/preprocess_data.py"
+        header = read_header(file, RowsHeader, FORMAT, (1, FORMAT_VERSION), remedy=remedy)
+        if problem := header.contradiction():
+            raise ValueError(f"{file}: {problem}; the file is damaged: {remedy}")
+        return header
+
+    def contradiction(self) -> str | None:
+        """What cannot be, in words; None where all fits."""
+        counts = self.counts
+        if self.dtype not in STORED_DTYPES:
+            return f"dtype: expected one of {', '.join(STORED_DTYPES)}, got {self.dtype!r}"
+        if self.seq_length < 2:
+            return f"seq_length: expected 2 or more, got {self.seq_length}"
+        limit = np.iinfo(self.dtype).max + 1 if self.vocab_size is None else self.vocab_size
+        if not 0 <= self.largest_id < limit:
+            return f"largest_id {self.largest_id} is no id of a vocabulary of {limit} tokens"
+        if self.bos_id is not None and not 0 <= self.bos_id < limit:
+            return f"bos_id {self.bos_id} is no id of a vocabulary of {limit} tokens"
+        kept = counts.documents - counts.documents_too_short
+        if min(dataclasses.astuple(counts)) < 0 or not 1 <= kept <= counts.rows:
+            return f"counts: {counts.rows} rows of {kept} documents"
+        return None
 
 
 class RowsWriter:
@@ -105,6 +126,7 @@ class RowsWriter:
         self._dtype = np.dtype(indexed_dataset.DType.optimal_dtype(vocab_size))
         self._builder = indexed_dataset.IndexedDatasetBuilder(str(folder / "rows.bin"), dtype=self._dtype.type)
         self._documents: list[npt.NDArray[np.int64]] = []
+        self._digests: list[int] = []
         self._largest_id = 0
         self._digest = hashlib.sha256(f"{seq_length} {self._dtype.name} ".encode())
 
@@ -119,6 +141,7 @@ class RowsWriter:
         rows_RN = np.ascontiguousarray(rows_RN, dtype=self._dtype)
         self._builder.add_document(rows_RN, [self._seq_length] * len(rows_RN))
         self._digest.update(rows_RN.tobytes())
+        self._digests += map(row_digest, rows_RN)
         self._documents.append(np.stack([np.full_like(offsets_R, document), offsets_R], axis=1))
 
     def close(self, counts: RowCounts, tokenizer: TokenizerInfo | None) -> RowsHeader:
@@ -128,6 +151,8 @@ class RowsWriter:
         self._builder.finalize(str(self._folder / "rows.idx"))
         np.save(self._folder / DOCUMENTS_FILE, documents_R2)
         self._digest.update(documents_R2.tobytes())
+        digests_R = np.array(self._digests, dtype=np.int64)
+        np.save(self._folder / DIGESTS_FILE, digests_R)
         header = RowsHeader(
             seq_length=self._seq_length,
             vocab_size=self._vocab_size,
@@ -137,6 +162,7 @@ class RowsWriter:
             tokenizer=tokenizer,
             counts=counts,
             fingerprint=self._digest.hexdigest(),
+            digests=digest_of_all(documents_R2, digests_R),
         )
         (self._folder / HEADER_FILE).write_text(header.to_json(), encoding="utf-8")
         return header
@@ -149,7 +175,8 @@ class TokenRows:
         path: folder that tools/preprocess_data.py wrote.
 
     Raises:
-        ValueError: another kind of folder, missing or truncated files, another format version.
+        ValueError: another kind of folder, missing, truncated or damaged files, another format version; and on reading
+            a row, ids that are not those that were written.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -161,6 +188,15 @@ class TokenRows:
         indexed_dataset = _import_indexed_dataset()
         self._check_files(indexed_dataset.DType[self.header.dtype].value)
         self.documents_R2 = load_int64(self.path / DOCUMENTS_FILE, (len(self), 2), "dataset")
+        self.digests_R: npt.NDArray[np.int64] | None = None
+        """[R], of the ids as they were written; None: the dataset is of version 1, which kept none."""
+        if self.header.digests is not None:
+            self.digests_R = load_int64(self.path / DIGESTS_FILE, (len(self),), "dataset")
+            if digest_of_all(self.documents_R2, self.digests_R) != self.header.digests:
+                raise ValueError(
+                    f"{self.path}: {DOCUMENTS_FILE} or {DIGESTS_FILE} is not what was written with {HEADER_FILE}: "
+                    "damaged, or of another dataset"
+                )
         # Rows are copied out of its memory map, for a view of a freed map crashes the process.
         self._dataset = indexed_dataset.IndexedDataset(str(self.path / "rows"))
 
@@ -171,7 +207,23 @@ class TokenRows:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} rows")
         row_N: npt.NDArray[np.int64] = self._dataset[int(index)].astype(np.int64)  # a copy, never a view
+        if self.digests_R is not None:
+            if row_digest(row_N) != self.digests_R[index]:
+                raise ValueError(
+                    f"{self.path / 'rows.bin'}: the ids of row {index} are not those that were written: the file is "
+                    "damaged; prepare the rows again with tools/preprocess_data.py (--verify finds every such row)"
+                )
+        elif not 0 <= row_N.min() <= row_N.max() <= self.header.largest_id:
+            position = int(np.flatnonzero((row_N < 0) | (row_N > self.header.largest_id))[0])
+            raise ValueError(
+                f"{self.path / 'rows.bin'}: row {index}, position {position}: id {row_N[position]}, but {HEADER_FILE} "
+                f"says that the largest is {self.header.largest_id}: the file is damaged"
+            )
         return row_N
+
+    def stored_bytes(self, index: int) -> bytes:
+        """A row as it lies in rows.bin, not compared with anything."""
+        return self._dataset[int(index)].tobytes()
 
     def _check_files(self, dtype_code: int) -> None:
         """What IndexedDataset would meet with an assert, a crash, or not at all."""
@@ -182,7 +234,43 @@ class TokenRows:
             "rows.idx": index_size(counts.rows, boundaries),
         }
         check_sizes(self.path, sizes, "dataset")
-        check_index(self.path / "rows.idx", dtype_code, counts.rows, header.seq_length, boundaries, "dataset")
+        itemsize = np.dtype(header.dtype).itemsize
+        check_index(self.path / "rows.idx", dtype_code, itemsize, counts.rows, header.seq_length, boundaries, "dataset")
+
+
+def row_digest(row_N: npt.NDArray[np.integer]) -> int:
+    """The first 8 bytes of a hash of a row's ids, as a signed integer."""
+    digest = hashlib.blake2b(row_N.astype("<i4").tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def digest_of_all(*arrays: npt.NDArray[np.int64]) -> str:
+    """sha256 (hex) of the numbers of arrays, one after the other."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(array.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def check_fingerprint(rows: TokenRows, *, progress: Callable[[int], object] = lambda rows: None) -> None:
+    """Read all rows and compare them with the dataset's fingerprint.
+
+    progress: called with a number of rows that have been read.
+
+    Raises:
+        ValueError: rows or their places in the documents were changed after the dataset was made.
+    """
+    header = rows.header
+    digest = hashlib.sha256(f"{header.seq_length} {header.dtype} ".encode())
+    for row in range(len(rows)):
+        digest.update(rows.stored_bytes(row))
+        progress(1)
+    digest.update(rows.documents_R2.tobytes())
+    if digest.hexdigest() != header.fingerprint:
+        raise ValueError(
+            f"{rows.path}: the rows are not those that were written: rows.bin or {DOCUMENTS_FILE} was changed after "
+            "the dataset was made; prepare the rows again with tools/preprocess_data.py"
+        )
 
 
 def check_rows(rows: TokenRows, *, seq_length: int, model_vocab_size: int | None = None) -> None:

@@ -1,7 +1,8 @@
 """Scores while they are being made: parts of some rows each, by any rank in any order, put together at the end.
 
     OUTPUT.partial/plan.json        the header without the fingerprint: what every part is made with
-    OUTPUT.partial/FIRST-END.part   fp32 [END - FIRST, T]: these rows; there once it is complete
+    OUTPUT.partial/FIRST-END.part   fp32 [END - FIRST, T]: these rows, and 8 bytes of their hash; there once it is
+                                    complete
     OUTPUT.partial/complete/        what becomes OUTPUT, while it is put together
 
 A part depends on the plan alone, not on who makes it or when: a run that was cut off goes on with the parts that are
@@ -18,10 +19,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_tw.data.rows import TokenRows
-from megatron_tw.data.scores import HEADER_FILE, KEYS_FILE, ScoreRows, ScoresHeader, partial_folder, row_keys
+from megatron_tw.data.rows import TokenRows, digest_of_all
+from megatron_tw.data.scores import (
+    DIGESTS_FILE,
+    HEADER_FILE,
+    KEYS_FILE,
+    ScoreRows,
+    ScoresHeader,
+    nll_digest,
+    partial_folder,
+    row_keys,
+)
 
 MAX_PARTS = 4096
+DIGEST_BYTES = 8
 
 
 def rows_per_part(num_rows: int, multiple: int) -> int:
@@ -85,7 +96,7 @@ class ScoreParts:
 
     def _is_there(self, part: int) -> bool:
         file, row_bytes = self._file(part), (self.header.seq_length - 1) * 4
-        return file.is_file() and file.stat().st_size == len(self.rows_of(part)) * row_bytes
+        return file.is_file() and file.stat().st_size == len(self.rows_of(part)) * row_bytes + DIGEST_BYTES
 
     def rows_of(self, part: int) -> range:
         """The dataset's rows that a part holds."""
@@ -94,7 +105,23 @@ class ScoreParts:
     def write(self, part: int, nll_RT: npt.NDArray[np.float32]) -> None:
         """Keep a part: all of it or nothing."""
         assert nll_RT.shape == (len(self.rows_of(part)), self.header.seq_length - 1)
-        _write_bytes(self._file(part), nll_RT.astype("<f4").tobytes())
+        content = nll_RT.astype("<f4").tobytes()
+        _write_bytes(self._file(part), content + _digest(content))
+
+    def _read(self, part: int) -> npt.NDArray[np.float32]:
+        """A part's NLLs [rows, T]. One that is damaged is removed, so that the next run makes it again.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        file = self._file(part)
+        content = file.read_bytes()
+        if _digest(content[:-DIGEST_BYTES]) != content[-DIGEST_BYTES:]:
+            file.unlink()
+            raise ValueError(f"{file}: damaged, and removed; run the same command again to make it anew")
+        return np.frombuffer(content, "<f4", offset=0, count=len(content) // 4 - DIGEST_BYTES // 4).reshape(
+            -1, self.header.seq_length - 1
+        )
 
     def complete(self, rows: TokenRows) -> None:
         """Put the parts together and give the scores their place. One process does this, when no part is missing."""
@@ -106,18 +133,24 @@ class ScoreParts:
         folder.mkdir()
         keys_R3 = row_keys(rows)
         digest = hashlib.sha256(keys_R3.tobytes())
+        digests: list[int] = []
         builder = IndexedDatasetBuilder(str(folder / "scores.bin"), dtype=np.float32)
         last_of_document_R = np.append(np.diff(keys_R3[:, 0]) != 0, True)
         for part in range(len(self)):
-            nll_RT = np.fromfile(self._file(part), dtype="<f4").reshape(-1, self.header.seq_length - 1)
+            nll_RT = self._read(part)
             digest.update(nll_RT.tobytes())
-            for row, nll_T in zip(self.rows_of(part), torch.from_numpy(nll_RT), strict=True):
+            digests += map(nll_digest, nll_RT)
+            for row, nll_T in zip(self.rows_of(part), torch.from_numpy(nll_RT.copy()), strict=True):
                 builder.add_item(nll_T)
                 if last_of_document_R[row]:
                     builder.end_document()
         builder.finalize(str(folder / "scores.idx"))
         np.save(folder / KEYS_FILE, keys_R3)
-        header = dataclasses.replace(self.header, fingerprint=digest.hexdigest())
+        digests_R = np.array(digests, dtype=np.int64)
+        np.save(folder / DIGESTS_FILE, digests_R)
+        header = dataclasses.replace(
+            self.header, fingerprint=digest.hexdigest(), digests=digest_of_all(keys_R3, digests_R)
+        )
         (folder / HEADER_FILE).write_text(header.to_json(), encoding="utf-8")
         for file in folder.iterdir():
             _sync(file)
@@ -139,6 +172,10 @@ def _write_bytes(file: Path, content: bytes) -> None:
     temporary.write_bytes(content)
     _sync(temporary)
     temporary.replace(file)
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
 def _sync(file: Path) -> None:

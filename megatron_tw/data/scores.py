@@ -1,20 +1,21 @@
-"""The folder of score rows: short NLLs of a frozen scorer, made once and read in every epoch.
+"""The folder that --scores names: short NLLs of a frozen scorer, made once and read in every epoch.
 
-    DIR/scores.json               versioned header (ScoresHeader): what made the scores, of which rows
-    DIR/scores.bin, scores.idx    the scores in Megatron's IndexedDataset format, fp32: one sequence of N - 1 NLLs a row
+    DIR/scores.json               versioned header (ScoresHeader): what made the NLLs, of which rows
+    DIR/scores.bin, scores.idx    the NLLs in Megatron's IndexedDataset format, fp32: one sequence of N - 1 NLLs a row
                                   in the order of the token rows, one document a document
     DIR/scores_keys.npy           [R, 3] int64: the row's document and offset in it (as in rows_documents.npy), by which
-                                  its scores are found, and a digest of its ids
+                                  its NLLs are found, and a digest of its ids
+    DIR/scores_digests.npy        [R] int64: a digest of each row's NLLs
 
-Scores are found by document and offset, so a selection of the scored rows, in any order, finds its own; the digest
-tells rows of another dataset that happen to have the same places.
+NLLs are found by document and offset, so a selection of the scored rows, in any order, finds its own; the digest
+of the ids tells rows of another dataset that happen to have the same places.
 
 Shapes: R scored rows, M rows asked for, N tokens of a row, T = N - 1 targets; column t is the target at position t + 1.
 """
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +25,14 @@ import torch
 
 from megatron_tw.config.options import flag
 from megatron_tw.data.files import check_index, check_sizes, header_json, index_size, load_int64, read_header
-from megatron_tw.data.rows import TokenRows
+from megatron_tw.data.rows import TokenRows, check_fingerprint, digest_of_all, row_digest
 
 FORMAT = "megatron_tw score rows"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 had no digests of the NLLs."""
 HEADER_FILE = "scores.json"
 KEYS_FILE = "scores_keys.npy"
+DIGESTS_FILE = "scores_digests.npy"
 FLOAT32_CODE = 7
 """Of Megatron's indexed datasets (indexed_dataset.DType)."""
 KEY = np.dtype([("document", "<i8"), ("offset", "<i8")])
@@ -62,7 +65,9 @@ class ScoresHeader:
     computation: dict[str, int | str | bool | None]
     """Options that move the scores within rounding: they must stay the same when scoring goes on after a stop."""
     fingerprint: str = ""
-    """sha256 (hex) of the scores and their keys; empty while they are being made."""
+    """sha256 (hex) of the NLLs and their keys; empty while they are being made."""
+    digests: str | None = None
+    """sha256 (hex) of scores_keys.npy's and scores_digests.npy's numbers; None in version 1."""
 
     def to_json(self) -> str:
         return header_json(FORMAT, FORMAT_VERSION, self)
@@ -70,11 +75,14 @@ class ScoresHeader:
     @staticmethod
     def from_file(file: Path) -> "ScoresHeader":
         """Raises ValueError for a file of another kind or version, or one with fields missing."""
-        content = read_header(file, FORMAT, FORMAT_VERSION, remedy="score the rows again with tools/score_tokens.py")
-        try:
-            return ScoresHeader(**content)
-        except TypeError as error:
-            raise ValueError(f"{file}: missing or unknown fields: {error}") from error
+        remedy = "score the rows again with tools/score_tokens.py"
+        header = read_header(file, ScoresHeader, FORMAT, (1, FORMAT_VERSION), remedy=remedy)
+        if header.rows < 1 or not 2 <= header.short_window <= header.seq_length:
+            raise ValueError(
+                f"{file}: {header.rows} rows of {header.seq_length} tokens in windows of {header.short_window}: the "
+                f"file is damaged; {remedy}"
+            )
+        return header
 
     def differences(self, now: "ScoresHeader") -> list[str]:
         """Everything in which the run that made these scores differs from one that would be run now."""
@@ -106,6 +114,18 @@ class ScoreRows:
         self._sorted_keys_R = _as_keys(self.documents_R2[self._order_R])
         shape = self.header.rows, self.header.seq_length - 1
         self._nll_RT = np.memmap(self.path / "scores.bin", dtype="<f4", mode="r", shape=shape)
+        self._nll_digests_R = self._read_digests(keys_R3)
+
+    def _read_digests(self, keys_R3: npt.NDArray[np.int64]) -> npt.NDArray[np.int64] | None:
+        if self.header.digests is None:
+            return None
+        digests_R = load_int64(self.path / DIGESTS_FILE, (len(self),), "set of scores")
+        if digest_of_all(keys_R3, digests_R) != self.header.digests:
+            raise ValueError(
+                f"{self.path}: {KEYS_FILE} or {DIGESTS_FILE} is not what was written with {HEADER_FILE}: damaged, or "
+                "of another set of scores"
+            )
+        return digests_R
 
     def __len__(self) -> int:
         return self.header.rows
@@ -120,7 +140,30 @@ class ScoreRows:
         if (index_M < 0).any():
             document, offset = documents_M2[index_M < 0][0].tolist()
             raise ValueError(f"--scores {self.path}: no scores of the row at document {document}, offset {offset}")
+        self.check(index_M.tolist())
         return torch.from_numpy(self._nll_RT[index_M])  # fancy indexing copies
+
+    def check(self, index: Iterable[int]) -> None:
+        """Compare the NLLs of these score rows with their digests (version 1 had none: then only that they are finite).
+
+        Raises:
+            ValueError: they are not what was written; names the first.
+        """
+        for row in index:
+            nll_T = self._nll_RT[row]
+            if self._nll_digests_R is None:
+                intact = bool(np.isfinite(nll_T).all())
+            else:
+                intact = nll_digest(nll_T) == self._nll_digests_R[row]
+            if not intact:
+                raise ValueError(
+                    f"--scores: {self.path / 'scores.bin'}: the NLLs of score row {row} are not those that were "
+                    "written: the file is damaged; score the rows again with tools/score_tokens.py"
+                )
+
+    def stored_bytes(self, row: int) -> bytes:
+        """A row's NLLs as they lie in scores.bin, not compared with anything."""
+        return self._nll_RT[row].tobytes()
 
     def find(self, documents_M2: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Which score row [M] belongs to each document and offset; -1 where there is none."""
@@ -134,7 +177,7 @@ class ScoreRows:
         boundaries = int((np.diff(self.documents_R2[:, 0]) != 0).sum()) + 2
         sizes = {"scores.bin": rows * targets * 4, "scores.idx": index_size(rows, boundaries)}
         check_sizes(self.path, sizes, "set of scores")
-        check_index(self.path / "scores.idx", FLOAT32_CODE, rows, targets, boundaries, "set of scores")
+        check_index(self.path / "scores.idx", FLOAT32_CODE, 4, rows, targets, boundaries, "set of scores")
 
 
 def check_scores(
@@ -143,7 +186,7 @@ def check_scores(
     """Check that scores are of these rows, in these windows.
 
     Rows of another dataset fit if each of them was scored: a selection or another order of the scored ones. Their ids
-    are then read once, to be compared with the digests.
+    are compared by their digests.
 
     Raises:
         ValueError: tells everything that differs.
@@ -166,14 +209,22 @@ def check_scores(
 
 
 def row_keys(rows: TokenRows) -> npt.NDArray[np.int64]:
-    """Document, offset and digest of the ids of every row: [R, 3] int64. Reads all rows."""
-    digests_R = np.fromiter((row_digest(rows[row]) for row in range(len(rows))), np.int64, len(rows))
+    """Document, offset and digest of the ids of every row: [R, 3] int64. Reads all rows of a dataset of version 1,
+    and compares them with its fingerprint.
+
+    Raises:
+        ValueError: such a dataset was changed after it was made.
+    """
+    digests_R = rows.digests_R
+    if digests_R is None:
+        check_fingerprint(rows)
+        digests_R = np.fromiter((row_digest(rows[row]) for row in range(len(rows))), np.int64, len(rows))
     return np.concatenate([rows.documents_R2, digests_R[:, None]], axis=1)
 
 
-def row_digest(row_N: npt.NDArray[np.int64]) -> int:
-    """The first 8 bytes of a hash of a row's ids, as a signed integer."""
-    digest = hashlib.blake2b(row_N.astype("<i4").tobytes(), digest_size=8).digest()
+def nll_digest(nll_T: npt.NDArray[np.float32]) -> int:
+    """The first 8 bytes of a hash of a row's NLLs, as a signed integer."""
+    digest = hashlib.blake2b(nll_T.astype("<f4").tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
@@ -186,7 +237,8 @@ def _unscored_row(scores: ScoreRows, rows: TokenRows) -> str | None:
     """The first row that has no scores, or those of other ids."""
     index_R = scores.find(rows.documents_R2)
     for row, index in enumerate(index_R.tolist()):
-        if index < 0 or scores.digests_R[index] != row_digest(rows[row]):
+        digest = row_digest(rows[row]) if rows.digests_R is None else rows.digests_R[row]
+        if index < 0 or scores.digests_R[index] != digest:
             document, offset = rows.documents_R2[row].tolist()
             what = "was not scored" if index < 0 else "had other ids when it was scored"
             return f"row {row} (document {document}, offset {offset}) {what}"
@@ -205,7 +257,7 @@ _LABELS = {
     "scorer_weights": "weights of the scorer (--load-hf)",
     "device": "device",
 }
-_NOT_COMPARED = ("scorer", "fingerprint")
+_NOT_COMPARED = ("scorer", "fingerprint", "digests")
 
 
 def _flat(header: Mapping[str, object]) -> dict[str, object]:

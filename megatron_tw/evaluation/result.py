@@ -8,7 +8,6 @@ fixed set of targets.
 """
 
 import dataclasses
-import json
 import math
 import zipfile
 import zlib
@@ -20,13 +19,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_tw.data.files import new_folder, read_header
+from megatron_tw.data.files import header_json, new_folder, read_header
 from megatron_tw.evaluation.position import mean_nll, nll_by_position, position_edges
 
 FORMAT = "megatron_tw evaluation"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 had no checksum in its header. (nll.npz has one for each array.)"""
 HEADER_FILE = "evaluation.json"
 NLL_FILE = "nll.npz"
+FIGURES = ("rows", "targets", "mean_nll", "perplexity", "nll_by_position")
+"""In the header file besides the header: for people, never read back."""
 ARRAYS = {
     "row_index": ("R", np.int64),
     "long_nll": ("RT", np.float32),
@@ -94,24 +96,22 @@ class EvaluationResult:
         arrays = {name: array for name, array in self._arrays().items() if array is not None}
         with new_folder(Path(folder)) as temporary:
             np.savez_compressed(temporary / NLL_FILE, allow_pickle=False, **arrays)
-            (temporary / HEADER_FILE).write_text(json.dumps(self.summary(), indent=2) + "\n", encoding="utf-8")
+            header = header_json(FORMAT, FORMAT_VERSION, self.header, **self.figures())
+            (temporary / HEADER_FILE).write_text(header, encoding="utf-8")
 
-    def summary(self) -> dict[str, object]:
-        """The content of evaluation.json."""
+    def figures(self) -> dict[str, object]:
+        """What evaluation.json says besides the header: `FIGURES`."""
         mean = mean_nll(self.long_nll, self.valid)
         edges = position_edges(self.header.seq_length, old_context=self.header.short_window)
-        return {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            **dataclasses.asdict(self.header),
-            "rows": len(self.row_index),
-            "targets": int(self.valid.sum()),
-            "mean_nll": mean,
-            "perplexity": None if mean is None else math.exp(mean),
-            "nll_by_position": [
-                dataclasses.asdict(bucket) for bucket in nll_by_position(self.long_nll, self.valid, edges)
-            ],
-        }
+        buckets = nll_by_position(self.long_nll, self.valid, edges)
+        values = (
+            len(self.row_index),
+            int(self.valid.sum()),
+            mean,
+            None if mean is None else math.exp(mean),
+            [dataclasses.asdict(bucket) for bucket in buckets],
+        )
+        return dict(zip(FIGURES, values, strict=True))
 
     @staticmethod
     def load(folder: str | Path) -> "EvaluationResult":
@@ -134,6 +134,9 @@ class EvaluationResult:
         problem = _problem(header, arrays)
         if problem is not None:
             raise ValueError(f"{file} does not fit {HEADER_FILE}: {problem}")
+        for name in ("long_nll", "short_nll"):
+            if name in arrays and not np.isfinite(arrays[name][arrays["valid"]]).all():
+                raise ValueError(f"{file}: {name} holds NaN or infinity: the file is damaged")
         return EvaluationResult(
             header=header,
             row_index=arrays["row_index"],
@@ -146,11 +149,11 @@ class EvaluationResult:
 def _read_header(file: Path) -> EvaluationHeader:
     if not file.is_file():
         raise ValueError(f"{file} is missing: expected a folder that tools/evaluate.py wrote")
-    content = read_header(file, FORMAT, FORMAT_VERSION, remedy="evaluate again with tools/evaluate.py")
-    missing = [field.name for field in dataclasses.fields(EvaluationHeader) if field.name not in content]
-    if missing:
-        raise ValueError(f"{file}: fields are missing: {', '.join(missing)}")
-    return EvaluationHeader(**{field.name: content[field.name] for field in dataclasses.fields(EvaluationHeader)})
+    remedy = "evaluate again with tools/evaluate.py"
+    header = read_header(file, EvaluationHeader, FORMAT, (1, FORMAT_VERSION), remedy=remedy, extras=FIGURES)
+    if header.seq_length < 2:
+        raise ValueError(f"{file}: seq_length: expected 2 or more, got {header.seq_length}")
+    return header
 
 
 def _problem(header: EvaluationHeader, arrays: Mapping[str, npt.NDArray[Any] | None]) -> str | None:

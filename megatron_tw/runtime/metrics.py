@@ -1,6 +1,7 @@
 """Where a run writes its numbers: SAVE/metrics.jsonl, TensorBoard, and a progress bar or lines of text, on rank 0."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class MetricsLog:
         if save is not None:
             save.mkdir(parents=True, exist_ok=True)
             path = save / "metrics.jsonl"
-            kept = [line for line in _complete_lines(path) if json.loads(line)["iteration"] <= start_iteration]
+            kept = _steps_before(path, start_iteration)
             partial = path.with_name(path.name + ".partial")
             partial.write_text("".join(kept))
             partial.replace(path)
@@ -85,8 +86,23 @@ class MetricsLog:
             self._tensorboard.close()
 
 
-def _complete_lines(path: Path) -> list[str]:
-    """Lines of a JSON-lines file; a last line that a crash cut off is left out."""
+def _steps_before(path: Path, iteration: int) -> list[str]:
+    """Lines of metrics.jsonl up to step `iteration`; a last line that a crash cut off is left out. Where others are no
+    steps, the file is kept aside as it is, and a line says so: a resume does not fail for that."""
     if not path.is_file():
         return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    lines = [line for line in path.read_text(errors="replace").splitlines(keepends=True) if line.endswith("\n")]
+    steps = [_iteration_of(line) for line in lines]
+    if None in steps:
+        aside = path.with_name(f"{path.name}.damaged")
+        shutil.copyfile(path, aside)
+        tqdm.write(f"{path}: {steps.count(None)} lines are no steps and left out; the file as it was is {aside.name}")
+    return [line for line, step in zip(lines, steps, strict=True) if step is not None and step <= iteration]
+
+
+def _iteration_of(line: str) -> int | None:
+    try:
+        step = json.loads(line)["iteration"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None

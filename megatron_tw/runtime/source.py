@@ -93,11 +93,15 @@ def row_bos_id(option: int | None, rows: TokenRows, architecture: Architecture) 
     checkpoint's.
 
     Raises:
-        ValueError: the option is no id of the vocabulary.
+        ValueError: the option is no id of the vocabulary, or another than the BOS of the rows.
     """
     if option is not None and not 0 <= option < architecture.vocab_size:
         raise ValueError(
             f"--bos-id: expected an id of the vocabulary, 0 to {architecture.vocab_size - 1}, got {option}"
+        )
+    if option is not None and rows.header.bos_id not in (None, option):
+        raise ValueError(
+            f"--bos-id: expected {rows.header.bos_id}, the BOS of the rows of {rows.path} (dataset.json), got {option}"
         )
     if option is not None:
         return option
