@@ -14,17 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import BOS, SEQ_LENGTH, STRIDE, TINY_LLAMA, WINDOW, Axes, prepare_ready_rows, reference_rows
 
-from megatron_tw.config import ModelConfig
+from megatron_tw.config import ModelConfig, WindowsConfig
 from megatron_tw.config.scoring import ScoringConfig, ScoringOptions
 from megatron_tw.data.prepare import prepare_rows
 from megatron_tw.data.rows import TokenRows
 from megatron_tw.data.scores import ScoreRows, check_scores
 from megatron_tw.data.vocabulary import check_scorer_vocabulary
 from megatron_tw.model.architecture import read_architecture
-from megatron_tw.model.forward import ShortWindowScorer
+from megatron_tw.model.forward import ShortWindowForward
 from megatron_tw.model.huggingface import expected_tensors
 from megatron_tw.parallel.layout import destroy_layout
-from megatron_tw.runtime.scoring import score_tokens, weights_fingerprint
+from megatron_tw.programs.scoring import score_tokens, weights_fingerprint
 from tools import score_tokens as tool
 
 ABSOLUTE = 2e-5
@@ -37,9 +37,10 @@ NAMES = ["scores.bin", "scores.idx", "scores.json", "scores_keys.npy"]
 
 
 def config(axes: Axes, data: Path, output: Path, *, load_hf: Path = TINY_LLAMA, **changes) -> ScoringConfig:
-    scoring = {"short_window": WINDOW, "short_stride": STRIDE, "bos_id": BOS, **changes}
+    bos_id = changes.pop("bos_id", BOS)
     return ScoringConfig(
-        scoring=ScoringOptions(data_path=str(data), output=str(output), **scoring),
+        scoring=ScoringOptions(data_path=str(data), output=str(output), bos_id=bos_id),
+        windows=WindowsConfig(**{"short_window": WINDOW, "short_stride": STRIDE, **changes}),
         parallel=axes.parallel(),
         model=ModelConfig(load_hf=str(load_hf)),
     )
@@ -47,7 +48,7 @@ def config(axes: Axes, data: Path, output: Path, *, load_hf: Path = TINY_LLAMA, 
 
 def score(configs: list[ScoringConfig], stop_after: int | None = None) -> None:
     """On a rank: score; with stop_after, fail in the middle, when the rank has scored that many times."""
-    real, calls = ShortWindowScorer.nll, []
+    real, calls = ShortWindowForward.short_nll, []
 
     def failing(self, model, rows_RN):
         calls.append(len(rows_RN))
@@ -55,7 +56,7 @@ def score(configs: list[ScoringConfig], stop_after: int | None = None) -> None:
             raise RuntimeError("killed")
         return real(self, model, rows_RN)
 
-    ShortWindowScorer.nll = failing  # type: ignore[method-assign]
+    ShortWindowForward.short_nll = failing  # type: ignore[method-assign]
     try:
         for one in configs:
             try:
@@ -63,7 +64,7 @@ def score(configs: list[ScoringConfig], stop_after: int | None = None) -> None:
             finally:
                 destroy_layout()
     finally:
-        ShortWindowScorer.nll = real  # type: ignore[method-assign]
+        ShortWindowForward.short_nll = real  # type: ignore[method-assign]
 
 
 def content(folder: Path) -> dict[str, bytes]:

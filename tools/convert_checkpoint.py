@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> None:
     config = load_options(argv, ConversionConfig, prog="tools/convert_checkpoint.py", description="Convert weights.")
     with user_errors():
         from megatron_tw.parallel.layout import stop_process_group
-        from megatron_tw.runtime.convert import convert  # imports torch and Megatron-Core
+        from megatron_tw.programs.convert import convert  # imports torch and Megatron-Core
 
         written = convert(config)
         if os.environ.get("RANK", "0") == "0":

@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> None:
     )
     with user_errors():
         from megatron_tw.parallel.layout import stop_process_group
-        from megatron_tw.runtime.scoring import score_tokens  # imports torch and Megatron-Core
+        from megatron_tw.programs.scoring import score_tokens  # imports torch and Megatron-Core
 
         scores = score_tokens(config)
         if os.environ.get("RANK", "0") == "0":

@@ -123,7 +123,7 @@ class TrainingStep:
         row_index_R = torch.cat([batch.row_index for batch in batches])
         short_RT = None
         if self.scorer is not None and weighting.needs_scorer:
-            short_RT = self.scorer.score(rows_RN, row_index_R)
+            short_RT = self.scorer.short_nll(rows_RN, row_index_R)
             synchronize()
         prepared = []
         for index, (batch, rows_MN) in enumerate(zip(batches, rows_RN.split(size), strict=True)):
