@@ -243,7 +243,8 @@ class WindowsConfig:
     """Windows: the short contexts, in which a target's NLL is made once more."""
 
     short_window: int | None = None
-    """Tokens of a short window: the most that a short context holds, itself included."""
+    """Tokens of a short window (needed by every weighting with a scorer, by tools/score_tokens.py, and to choose key
+    tokens)."""
     short_stride: int | None = None
     """Tokens from one window to the next (null: (1 - window/seq) x window, or less to keep the least context)."""
     min_short_context: int | None = None

@@ -1,6 +1,6 @@
 """Scoring rows with a frozen model under any layout: short NLLs of a whole dataset, once, onto disk.
 
-    plan -> parts that are missing, dealt to the data-parallel replicas -> short-window forward -> part files -> scores
+    plan -> parts that are missing, dealt to the data-parallel replicas -> short-window forward -> part files -> folder
 
 Rows go through the same short-window forward as in training, window 0 included. What a part holds depends on the plan
 and on the model-parallel layout, not on the number of replicas.
@@ -35,7 +35,7 @@ HASHED_AT_ONCE = 1 << 26
 
 def score_tokens(config: ScoringConfig) -> Path:
     """Score all rows of --data-path with the model of --load-hf, going on where an earlier run stopped, and return the
-    folder of the scores, which is there when rank 0 returns. Does nothing if they are finished.
+    folder of their short NLLs, which is there when rank 0 returns. Does nothing if it is finished.
 
     Called on every rank of the launcher's world; the output is on storage that all ranks share.
 
