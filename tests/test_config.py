@@ -215,7 +215,7 @@ def test_any_dataclass_of_dataclasses_is_a_schema() -> None:
         (ScoringConfig, ["--no-overlap-grad-reduce"], "unknown option --no-overlap-grad-reduce: it does nothing here"),
         (ScoringConfig, ["--loss-keep-logits-mib", "1"], "tools/train.py has it"),
         (ScoringConfig, ["--key-tokens", "x"], "it does nothing here; tools/evaluate.py has it"),
-        (ConversionConfig, ["--bf16"], "tools/train.py and tools/evaluate.py and tools/score_tokens.py have it"),
+        (ConversionConfig, ["--bf16"], "tools/train.py, tools/evaluate.py and tools/score_tokens.py have it"),
         (ConversionConfig, ["--context-parallel-size", "2"], "unknown option --context-parallel-size"),
         (RunConfig, ["--eval-rows", "3"], "unknown option --eval-rows: it does nothing here; tools/evaluate.py has it"),
     ],

@@ -149,8 +149,9 @@ def _unknown(name: str, known: Iterable[str]) -> str:
     option = name.lstrip("-").replace("-", "_")
     programs = programs_with(option) or programs_with(option.removeprefix("no_"))
     if programs:
-        have = "has" if len(programs) == 1 else "have"
-        return f"unknown option {name}: it does nothing here; {' and '.join(programs)} {have} it"
+        *others, last = programs
+        have = f"{', '.join(others)} and {last} have it" if others else f"{last} has it"
+        return f"unknown option {name}: it does nothing here; {have}"
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else "; --help lists them")
 

@@ -129,7 +129,7 @@ def nll_of_rows(
 
 
 def _in_row_order(nll_RT: Tensor, num_rows: int, layout: Layout) -> Tensor:
-    """Rows 0 .. num_rows - 1 from what every data-parallel replica scored: replica d has rows d, d + dp, ..."""
+    """Rows 0 .. num_rows - 1 from what every data-parallel replica went through: replica d has rows d, d + dp, ..."""
     shards = [torch.empty_like(nll_RT) for _ in range(layout.dp_size)]
     dist.all_gather(shards, nll_RT.contiguous(), group=layout.dp_group)
     return torch.stack(shards, dim=1).flatten(0, 1)[:num_rows].float().cpu()

@@ -1,4 +1,4 @@
-"""One optimizer step: score the rows in short windows, make weights, forward and backward, update.
+"""One optimizer step: the rows' NLL in short windows, weights, forward and backward, update.
 
 R = rows, N = tokens of a row, T = N - 1 targets of a row, S = tokens of a row that this rank holds, M = rows of a
 micro-batch.
