@@ -21,7 +21,10 @@ from megatron_tw.config import (
     save_config,
     user_errors,
 )
+from megatron_tw.config.conversion import ConversionConfig
+from megatron_tw.config.evaluation import EvaluationConfig
 from megatron_tw.config.options import groups_of
+from megatron_tw.config.scoring import ScoringConfig
 from megatron_tw.weighting import parse_schedule
 
 REQUIRED = ["--data-path", "rows", "--seq-length", "256", "--train-iters", "3", "--load-hf", "model"]
@@ -46,7 +49,7 @@ def test_flags_set_fields_of_every_type() -> None:
         *("--rotary-base", "15300000", "--hierarchical-context-parallel-sizes", "2", "4", "--save", "a b"),
     )
     assert config.optimizer.lr == 2e-5
-    assert config.model.bf16 is True
+    assert config.compute.bf16 is True
     assert config.data.shuffle is False
     assert config.parallel.sequence_parallel is False
     assert config.optimizer.lr_decay_style == "cosine"
@@ -76,7 +79,7 @@ def test_flags_win_over_the_file_in_any_position(tmp_path: Path) -> None:
             ["--data-path", "d", "--train-iters", "1", *arguments, "--no-bf16", "--save-interval", "null"], RunConfig
         )
         assert (config.data.seq_length, config.optimizer.lr) == (512, 1e-3)
-        assert config.model.bf16 is False
+        assert config.compute.bf16 is False
         assert config.checkpoint.save_interval is None
         assert config.weighting.transforms == ("minus", "shift 2.0")
 
@@ -202,6 +205,31 @@ def test_any_dataclass_of_dataclasses_is_a_schema() -> None:
     )
     assert loaded.evaluation == Evaluation(key_tokens=5)
     assert loaded.parallel.context_parallel_size == 2
+
+
+@pytest.mark.parametrize(
+    ("schema", "arguments", "message"),
+    [
+        (EvaluationConfig, ["--scorer", "ema"], "unknown option --scorer: it does nothing here; tools/train.py has it"),
+        (EvaluationConfig, ["--recompute-method=block"], "unknown option --recompute-method: it does nothing here"),
+        (ScoringConfig, ["--no-overlap-grad-reduce"], "unknown option --no-overlap-grad-reduce: it does nothing here"),
+        (ScoringConfig, ["--loss-keep-logits-mib", "1"], "tools/train.py has it"),
+        (ScoringConfig, ["--key-tokens", "x"], "it does nothing here; tools/evaluate.py has it"),
+        (ConversionConfig, ["--bf16"], "tools/train.py, tools/evaluate.py and tools/score_tokens.py have it"),
+        (ConversionConfig, ["--context-parallel-size", "2"], "unknown option --context-parallel-size"),
+        (RunConfig, ["--eval-rows", "3"], "unknown option --eval-rows: it does nothing here; tools/evaluate.py has it"),
+    ],
+)
+def test_an_option_of_another_program_is_told_from_a_typo(schema: type, arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse_options(arguments, schema)
+    assert message in str(caught.value)
+
+
+def test_a_trainings_file_is_not_an_evaluations(tmp_path: Path) -> None:
+    file = write(tmp_path, "bf16: true\nlr: 1.0\n")
+    with pytest.raises(ValueError, match=r"line 2: unknown option lr: it does nothing here; tools/train\.py has it"):
+        parse_options(["--config", file], EvaluationConfig)
 
 
 # ---- writing ----

@@ -18,8 +18,8 @@ from megatron_tw.config import (
     OptimizationConfig,
     ParallelConfig,
     RunConfig,
-    ScorerConfig,
     TrainConfig,
+    WindowsConfig,
     check_config,
     check_model_shape,
     check_own_windows,
@@ -53,6 +53,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"context_parallel_size": 0}, "--context-parallel-size: expected 1 or more"),
     ({"distributed_timeout_minutes": 0}, "--distributed-timeout-minutes: expected 1 or more"),
     ({"num_layers_per_virtual_pipeline_stage": 1}, "--pipeline-model-parallel-size above 1"),
+    ({"ddp_bucket_size": 0}, "--ddp-bucket-size: expected 1 or more"),
     ({"ddp_bucket_size": 10**6}, "--ddp-bucket-size: expected --overlap-grad-reduce"),
     ({"overlap_param_gather": True}, "--overlap-param-gather: expected --overlap-grad-reduce"),
     (
@@ -72,8 +73,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"seq_length": 264, "tensor_model_parallel_size": 8, "context_parallel_size": 2},
         "--seq-length: expected a multiple of 16 for --context-parallel-size 2",
     ),
-    ({"weighting": "dense"}, "--short-window: the weighting needs"),
-    ({"weighting": "custom"}, "--short-window: the weighting needs"),
     ({"short_stride": 3}, "--short-stride: expected --short-window"),
     (WINDOW | {"short_window": 1}, "--short-window: expected 2 to 256, the tokens of a row, got 1"),
     (WINDOW | {"short_window": 257}, "--short-window: expected 2 to 256, the tokens of a row, got 257"),
@@ -87,30 +86,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (WINDOW | {"min_short_context": 0}, "--min-short-context: expected 1 to 63 (less than --short-window 64), got 0"),
     (WINDOW | {"min_short_context": 64}, "--min-short-context: expected 1 to 63"),
     (WINDOW | {"scoring_micro_batch": 0}, "--scoring-micro-batch: expected 1 or more"),
-    (
-        WINDOW | {"weighting": "dense", "scorer": "ema", "overlap_param_gather": True, "overlap_grad_reduce": True},
-        "--overlap-param-gather: --scorer ema",
-    ),
     ({"scorer_ema_decay": 1.5}, "--scorer-ema-decay: expected 0.0 to 1.0, got 1.5"),
     ({"eval_interval": 0, "valid_data_path": "held_out"}, "--eval-interval: expected 1 or more, got 0"),
     ({"eval_interval": 5}, "--valid-data-path and --eval-interval: expected both or neither"),
     ({"valid_data_path": "held_out"}, "--valid-data-path and --eval-interval: expected both or neither"),
     ({"eval_iters": 5}, "--eval-iters 5: expected --eval-interval"),
-    (
-        WINDOW | {"short_window": 256},
-        "--short-window: expected less than 256, the tokens of a row, where a",
-    ),
-    (
-        WINDOW | {"scorer": "frozen", "scores": "scores", "weighting": "uniform"},
-        "--scorer frozen: the weighting uses no",
-    ),
-    ({"scores": "scores"}, "--scores: is for --scorer frozen, got --scorer unfrozen"),
-    ({"scorer": "ema", "scorer_hf": "hf"}, "--scorer-hf: is for --scorer frozen, got --scorer ema"),
-    (WINDOW | {"weighting": "dense", "scorer": "frozen"}, "(live), got neither"),
-    (
-        WINDOW | {"weighting": "dense", "scorer": "frozen", "scores": "a", "scorer_hf": "b"},
-        "(live), got both",
-    ),
     ({"truncation": 0.0}, "--truncation: expected more than 0, got 0"),
     ({"shift": -1.0}, "--shift: expected more than 0"),
     ({"interpolation": 1.5}, "--interpolation: expected 0.0 to 1.0, got 1.5"),
@@ -241,18 +221,16 @@ BAD_FOR_MODEL: list[tuple[dict[str, Any], dict[str, int], str]] = [
 ]
 
 
-BAD_FOR_EVALUATION: list[tuple[dict[str, Any], str]] = [
-    ({"scorer": "ema"}, "--scorer ema: an evaluation's short contexts are the model's own"),
-    ({"scorer": "frozen", "scores": "scores"}, "--scores: an evaluation's short contexts"),
+BAD_FOR_ITSELF: list[tuple[dict[str, Any], str]] = [
     ({"short_stride": 5}, "--short-stride: expected --short-window with it"),
-    ({"short_window": 256}, "--short-window: expected less than 256"),
+    ({"short_window": 256}, "--short-window: expected less than 256, the tokens of a row, where a model is compared"),
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), BAD_FOR_EVALUATION)
-def test_checks_of_an_evaluations_windows(options: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(("options", "message"), BAD_FOR_ITSELF)
+def test_checks_of_a_models_own_windows(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_own_windows(ScorerConfig(**options), 256)
+        check_own_windows(WindowsConfig(**options), 256)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +285,7 @@ def test_every_check_is_tested() -> None:
     cases = [partial(check_config, with_options(**options)) for options, _ in BAD]
     cases += [partial(check_config, with_options(**options), ranks) for options, ranks, _ in BAD_FOR_RANKS]
     cases += [partial(check_model_shape, ParallelConfig(**o), **MODEL | shape) for o, shape, _ in BAD_FOR_MODEL]
-    cases += [partial(check_own_windows, ScorerConfig(**options), 256) for options, _ in BAD_FOR_EVALUATION]
+    cases += [partial(check_own_windows, WindowsConfig(**options), 256) for options, _ in BAD_FOR_ITSELF]
     failed_at = set()
     for case in cases:
         with pytest.raises(ValueError) as caught:
@@ -318,21 +296,27 @@ def test_every_check_is_tested() -> None:
     assert not untested, f"lines of checks.py without a case: {untested}"
 
 
+def stride(seq_length: int, window: int, least_context: int | None = None) -> int:
+    windows = WindowsConfig(short_window=window, min_short_context=least_context).of_rows(seq_length)
+    assert windows is not None
+    return windows.stride
+
+
 def test_published_strides() -> None:
-    assert ScorerConfig(short_window=8192).stride(32768) == 6144  # (1 - 8192/32768) * 8192
-    assert ScorerConfig(short_window=8192).stride(131072) == 6144  # published: 7680, which leaves 512 tokens of context
-    assert ScorerConfig(short_window=8192, min_short_context=512).stride(131072) == 7680
-    assert ScorerConfig(short_window=2048, min_short_context=128).stride(32768) == 1920  # Phi-2
-    assert ScorerConfig(short_window=2048).stride(32768) == 1536  # n/4 = 512 tokens of context are the default
-    assert ScorerConfig(short_window=64).stride(256) == 48
-    assert ScorerConfig(short_window=64).stride(64) == 1  # no window to place
+    assert stride(32768, 8192) == 6144  # (1 - 8192/32768) * 8192
+    assert stride(131072, 8192) == 6144  # published: 7680, which leaves 512 tokens of context
+    assert stride(131072, 8192, 512) == 7680
+    assert stride(32768, 2048, 128) == 1920  # Phi-2
+    assert stride(32768, 2048) == 1536  # n/4 = 512 tokens of context are the default
+    assert stride(256, 64) == 48
+    assert stride(64, 64) == 1  # no window to place
     for seq_length in range(17, 200, 7):
         for window in (2, 3, 16):
-            check_windows(ScorerConfig(short_window=window), seq_length)
+            check_windows(WindowsConfig(short_window=window), seq_length)
     with pytest.raises(ValueError, match="--short-stride: expected at most 1536, got 1920"):
-        check_windows(ScorerConfig(short_window=2048, short_stride=1920), 32768)
+        check_windows(WindowsConfig(short_window=2048, short_stride=1920), 32768)
     with pytest.raises(ValueError, match=r"context of 512 tokens; .*here 2048.*ragged last window: 6144, 5120, 4096$"):
-        check_windows(ScorerConfig(short_window=8192, short_stride=7680), 131072)
+        check_windows(WindowsConfig(short_window=8192, short_stride=7680), 131072)
 
 
 def test_decay_ends_after_the_warm_up() -> None:

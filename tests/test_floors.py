@@ -21,6 +21,7 @@ FLOORS = {
     "parallel": 2,
     "model": 3,
     "runtime": 4,
+    "programs": 5,
     "evaluation": 5,
     "training": 6,
     "integrations": 7,

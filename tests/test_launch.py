@@ -88,7 +88,7 @@ def test_bash_and_torchrun_run_the_same_recipe(rows: Path, tmp_path: Path) -> No
         config = configs[name]
         assert (config.weighting.weighting, config.weighting.interpolation) == ("dense", 0.75)  # the recipe's
         assert (config.model.rotary_base, config.optimizer.lr, config.optimizer.lr_warmup_iters) == (1.53e7, 2e-5, 20)
-        assert (config.data.seq_length, config.model.bf16, config.checkpoint.save_interval) == (256, False, None)
+        assert (config.data.seq_length, config.compute.bf16, config.checkpoint.save_interval) == (256, False, None)
     same = ("weighted_loss", "lm_loss", "grad_norm", "learning_rate")
     assert [[step[key] for key in same] for step in metrics["bash"]] == [
         [step[key] for key in same] for step in metrics["torchrun"]
@@ -99,14 +99,14 @@ def test_the_recipe_is_the_published_one() -> None:
     """arXiv 2503.09202, Llama-3-8B."""
     needed = ["--data-path", "d", "--load-hf", "m", "--save", "s"]
     config = parse_options(["--config", str(SCRIPT.with_suffix(".yaml")), *needed], RunConfig)
-    assert (config.data.seq_length, config.scorer.short_window, config.scorer.short_stride) == (32768, 8192, 6144)
+    assert (config.data.seq_length, config.windows.short_window, config.windows.short_stride) == (32768, 8192, 6144)
     assert (config.train.train_iters, config.train.micro_batch_size, config.train.global_batch_size) == (240, 1, 128)
     optimizer = config.optimizer
     assert (optimizer.lr, optimizer.adam_beta1, optimizer.adam_beta2, optimizer.adam_eps) == (2e-5, 0.9, 0.95, 1e-8)
     assert (optimizer.weight_decay, optimizer.clip_grad) == (0.01, 1.0)
     assert (optimizer.lr_decay_style, optimizer.lr_warmup_iters) == ("constant", 20)
     assert (config.weighting.weighting, config.weighting.interpolation) == ("dense", 0.75)
-    assert (config.checkpoint.save_interval, config.model.bf16, config.model.rotary_base) == (30, True, 15300000.0)
+    assert (config.checkpoint.save_interval, config.compute.bf16, config.model.rotary_base) == (30, True, 15300000.0)
     assert config.parallel.model_parallel_size == 8
 
 

@@ -14,7 +14,7 @@ from tiny import BOS, SEQ_LENGTH, STRIDE, TINY_LLAMA, VOCAB, WINDOW, Axes, layou
 
 from megatron_tw.model.architecture import export_hf_config, parse_architecture, read_architecture, rotary_embedding
 from megatron_tw.model.build import save_hf
-from megatron_tw.model.forward import ShortWindowScorer, long_nll, long_sequences, run_schedule
+from megatron_tw.model.forward import ShortWindowForward, long_nll, long_sequences, run_schedule
 from megatron_tw.model.huggingface import SafetensorsFolder
 from megatron_tw.parallel.devices import prepare_device
 from megatron_tw.parallel.zigzag import unshard
@@ -76,12 +76,12 @@ def logits_and_nll(axes: Axes, folder: Path):
             ("short_nll_without_first", False, BOS),
             ("short_nll_no_bos", True, None),
         ):
-            scorer = ShortWindowScorer.create(
+            forward = ShortWindowForward.create(
                 SEQ_LENGTH, WINDOW, STRIDE,
                 include_first=include_first, bos_id=bos, layout=layout, sequence_parallel=axes.tp > 1,
                 scoring_micro_batch=3 if bos is None else None,
             )  # fmt: skip
-            short[name] = scorer.nll(chunks, rows)
+            short[name] = forward.short_nll(chunks, rows)
         training = [chunk.training for chunk in chunks]
     return logits, long, short, training
 

@@ -13,7 +13,6 @@ from test_training import (
     DENSE,
     METRICS,
     RELATIVE,
-    WINDOWS,
     metrics_of,
     options,
     reference_data,
@@ -23,13 +22,14 @@ from tiny import Axes, layout_of, release
 
 from megatron_tw.config import (
     CheckpointConfig,
+    DataParallelConfig,
     ModelConfig,
     OptimizationConfig,
-    ParallelConfig,
     RunConfig,
     ScorerConfig,
     TrainConfig,
     WeightingOptions,
+    WindowsConfig,
 )
 from megatron_tw.parallel.devices import prepare_device
 from megatron_tw.training.inputs import open_inputs
@@ -38,12 +38,11 @@ from megatron_tw.training.scorers import EmaScorer
 
 __all__ = ["reference_data"]  # a fixture of test_training
 STEPS, STOP = 6, 3
-EMA = replace(WINDOWS, scorer="ema", scorer_ema_decay=0.9)
+EMA = ScorerConfig(scorer="ema", scorer_ema_decay=0.9)
 
 
-def overlapping(axes: Axes) -> ParallelConfig:
-    """Several buckets, nearly all of them padded: none of the tiny Llama's sizes fills one."""
-    return replace(axes.parallel(), overlap_grad_reduce=True, overlap_param_gather=True, ddp_bucket_size=10_000)
+# Several buckets, nearly all of them padded: none of the tiny Llama's sizes fills one.
+OVERLAP = DataParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True, ddp_bucket_size=10_000)
 
 
 def run_of(axes: Axes, data: Path, save: Path, *, stop: int | None = None, **changes) -> RunConfig:
@@ -67,16 +66,16 @@ def straight(ranks, reference_data, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("axes", [Axes(dp=2), Axes(pp=2, vpp_layers=1)], ids=lambda axes: axes.name)
 def test_overlapped_runs_learn_and_resume_alike(axes, straight, ranks, reference_data, tmp_path):
-    pool, overlap = ranks(axes.world_size), overlapping(axes)
-    pool.run(run_all, [run_of(axes, reference_data, tmp_path / "whole", parallel=overlap)])
+    pool = ranks(axes.world_size)
+    pool.run(run_all, [run_of(axes, reference_data, tmp_path / "whole", data_parallel=OVERLAP)])
     whole = metrics_of(tmp_path / "whole")
     close(whole, metrics_of(straight))
     exported = [read_tensors(Path(f"{save}-hf")) for save in (straight, tmp_path / "whole")]
     for name, tensor in exported[0].items():  # AdamW's steps of 1e-3 a weight: a weight of the step before would show
         torch.testing.assert_close(exported[1][name], tensor, atol=2e-4, rtol=0, msg=name)
     stopped = tmp_path / "stopped"
-    pool.run(run_all, [run_of(axes, reference_data, stopped, stop=STOP, parallel=overlap)])
-    pool.run(run_all, [run_of(axes, reference_data, stopped, parallel=overlap)])
+    pool.run(run_all, [run_of(axes, reference_data, stopped, stop=STOP, data_parallel=OVERLAP)])
+    pool.run(run_all, [run_of(axes, reference_data, stopped, data_parallel=OVERLAP)])
     resumed = metrics_of(stopped)
     for key in METRICS:
         assert resumed[key].tolist() == whole[key].tolist(), key
@@ -84,7 +83,7 @@ def test_overlapped_runs_learn_and_resume_alike(axes, straight, ranks, reference
 
 def test_padded_buckets_are_read_by_another_layout(straight, ranks, reference_data, tmp_path):
     before, save = Axes(dp=2), tmp_path / "run"
-    config = run_of(before, reference_data, save, stop=STOP, parallel=overlapping(before))
+    config = run_of(before, reference_data, save, stop=STOP, data_parallel=OVERLAP)
     ranks(2).run(run_all, [config])
     ranks(1).run(run_all, [run_of(Axes(), reference_data, save)])
     close(metrics_of(save), metrics_of(straight))
@@ -172,7 +171,7 @@ def test_the_old_context_is_remembered(ranks, reference_data, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
     save = tmp_path / "run"
-    changes = {"weighting": WeightingOptions(), "scorer": ScorerConfig(), "model": ModelConfig(load_hf=str(folder))}
+    changes = {"weighting": WeightingOptions(), "windows": WindowsConfig(), "model": ModelConfig(load_hf=str(folder))}
     first = run_of(Axes(), reference_data, save, stop=STOP, **changes)
     again = replace(first, model=ModelConfig(), train=replace(first.train, exit_interval=None))
     ranks(1).run(run_all, [first])

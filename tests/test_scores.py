@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import BOS, SEQ_LENGTH, STRIDE, TINY_LLAMA, WINDOW, Axes, prepare_ready_rows, reference_rows
+from tiny import BOS, SEQ_LENGTH, STRIDE, TINY_LLAMA, WINDOW, Axes, edit_header, prepare_ready_rows, reference_rows
 
-from megatron_tw.config import ModelConfig
+from megatron_tw.config import ModelConfig, WindowsConfig
 from megatron_tw.config.scoring import ScoringConfig, ScoringOptions
 from megatron_tw.data.prepare import prepare_rows
 from megatron_tw.data.rows import TokenRows
 from megatron_tw.data.scores import ScoreRows, check_scores
 from megatron_tw.data.vocabulary import check_scorer_vocabulary
 from megatron_tw.model.architecture import read_architecture
-from megatron_tw.model.forward import ShortWindowScorer
+from megatron_tw.model.forward import ShortWindowForward
 from megatron_tw.model.huggingface import expected_tensors
 from megatron_tw.parallel.layout import destroy_layout
-from megatron_tw.runtime.scoring import score_tokens, weights_fingerprint
+from megatron_tw.programs.scoring import score_tokens, weights_fingerprint
 from tools import score_tokens as tool
 
 ABSOLUTE = 2e-5
@@ -37,9 +37,10 @@ NAMES = ["scores.bin", "scores.idx", "scores.json", "scores_digests.npy", "score
 
 
 def config(axes: Axes, data: Path, output: Path, *, load_hf: Path = TINY_LLAMA, **changes) -> ScoringConfig:
-    scoring = {"short_window": WINDOW, "short_stride": STRIDE, "bos_id": BOS, **changes}
+    bos_id = changes.pop("bos_id", BOS)
     return ScoringConfig(
-        scoring=ScoringOptions(data_path=str(data), output=str(output), **scoring),
+        scoring=ScoringOptions(data_path=str(data), output=str(output), bos_id=bos_id),
+        windows=WindowsConfig(**{"short_window": WINDOW, "short_stride": STRIDE, **changes}),
         parallel=axes.parallel(),
         model=ModelConfig(load_hf=str(load_hf)),
     )
@@ -47,7 +48,7 @@ def config(axes: Axes, data: Path, output: Path, *, load_hf: Path = TINY_LLAMA, 
 
 def score(configs: list[ScoringConfig], stop_after: int | None = None) -> None:
     """On a rank: score; with stop_after, fail in the middle, when the rank has scored that many times."""
-    real, calls = ShortWindowScorer.nll, []
+    real, calls = ShortWindowForward.short_nll, []
 
     def failing(self, model, rows_RN):
         calls.append(len(rows_RN))
@@ -55,7 +56,7 @@ def score(configs: list[ScoringConfig], stop_after: int | None = None) -> None:
             raise RuntimeError("killed")
         return real(self, model, rows_RN)
 
-    ShortWindowScorer.nll = failing  # type: ignore[method-assign]
+    ShortWindowForward.short_nll = failing  # type: ignore[method-assign]
     try:
         for one in configs:
             try:
@@ -63,7 +64,7 @@ def score(configs: list[ScoringConfig], stop_after: int | None = None) -> None:
             finally:
                 destroy_layout()
     finally:
-        ShortWindowScorer.nll = real  # type: ignore[method-assign]
+        ShortWindowForward.short_nll = real  # type: ignore[method-assign]
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -112,8 +113,11 @@ def test_the_format_is_megatrons(scored, data, reference):
 
 def test_windows_without_bos_and_a_row_of_one_window(ranks, reference, data, tmp_path):
     whole = config(Axes(cp=2), data, tmp_path / "whole", short_window=SEQ_LENGTH, short_stride=100)
-    # No row begins with this id, so no window gets a BOS.
-    bare = config(Axes(cp=2), data, tmp_path / "bare", bos_id=319, scoring_micro_batch=2)
+    # No row begins with this id, so no window gets a BOS. (Where the rows say what their BOS is, another is refused.)
+    silent = tmp_path / "silent"
+    shutil.copytree(data, silent)
+    edit_header(silent / "dataset.json", bos_id=None)
+    bare = config(Axes(cp=2), silent, tmp_path / "bare", bos_id=319, scoring_micro_batch=2)
     ranks(2).run(score, [whole, bare])
     windows, places = np.load(reference / "windows.npz"), TokenRows(data).documents_R2
     for name, expected in (("whole", "long_nll"), ("bare", "short_nll_no_bos")):

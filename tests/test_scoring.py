@@ -33,8 +33,8 @@ from tiny import (
     release,
 )
 
-from megatron_tw.config import ModelConfig, OptimizationConfig, TrainConfig, WeightingOptions
-from megatron_tw.model.forward import ShortWindowScorer, deal_windows, num_window_groups
+from megatron_tw.config import ComputeConfig, OptimizationConfig, ScorerConfig, TrainConfig, WeightingOptions
+from megatron_tw.model.forward import ShortWindowForward, deal_windows, num_window_groups
 from megatron_tw.parallel.devices import prepare_device
 from megatron_tw.training.inputs import open_inputs
 from megatron_tw.training.loop import Run
@@ -66,11 +66,11 @@ def short_nlls(axes: Axes, cases):
     with layout_of(axes) as layout:
         _, chunks = load_tiny(axes, layout)
         for window, stride, include_first in cases:
-            scorer = ShortWindowScorer.create(
+            forward = ShortWindowForward.create(
                 SEQ_LENGTH, window, stride,
                 include_first=include_first, bos_id=BOS, layout=layout, sequence_parallel=axes.tp > 1,
             )  # fmt: skip
-            results.append(scorer.nll(chunks, torch.from_numpy(reference_rows())))
+            results.append(forward.short_nll(chunks, torch.from_numpy(reference_rows())))
     return results
 
 
@@ -130,7 +130,7 @@ def what_scoring_changes(axes: Axes, config) -> list[str]:
         before = snapshot()
         rows_RN = torch.cat([batch.tokens for batch in batches])
         assert run.step.scorer is not None
-        run.step.scorer.score(rows_RN, torch.cat([batch.row_index for batch in batches]))
+        run.step.scorer.short_nll(rows_RN, torch.cat([batch.row_index for batch in batches]))
         after = snapshot()
         release(run.step.model)
 
@@ -145,7 +145,7 @@ def what_scoring_changes(axes: Axes, config) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "scorer", [WINDOWS, replace(WINDOWS, scorer="ema", scorer_ema_decay=0.5)], ids=["unfrozen", "ema"]
+    "scorer", [ScorerConfig(), ScorerConfig(scorer="ema", scorer_ema_decay=0.5)], ids=["unfrozen", "ema"]
 )
 @pytest.mark.parametrize("axes", [Axes(), Axes(tp=2), Axes(pp=2, vpp_layers=1)], ids=lambda axes: axes.name)
 def test_scoring_leaves_nothing_behind(axes, scorer, ranks, rows):
@@ -166,7 +166,7 @@ def test_lambda_one_and_kappa_one_are_plain_cross_entropy(axes, ranks, rows):
 
 def test_scoring_micro_batch_does_not_change_the_scores(ranks, rows):
     configs = [
-        options(Axes(), rows, weighting=LONGCE, scorer=replace(WINDOWS, scoring_micro_batch=size),
+        options(Axes(), rows, weighting=LONGCE, windows=replace(WINDOWS, scoring_micro_batch=size),
                 train=TrainConfig(train_iters=3, micro_batch_size=2, global_batch_size=4))
         for size in (None, 1, 3)
     ]  # fmt: skip
@@ -184,7 +184,7 @@ BF16_RELATIVE = 0.02
 def test_bf16_follows_fp32(axes, ranks, rows):
     def config(weighting, bf16):
         return options(axes, rows, weighting=weighting, optimizer=OptimizationConfig(lr=1e-3),
-                       model=ModelConfig(load_hf=str(TINY_LLAMA), bf16=bf16))  # fmt: skip
+                       compute=ComputeConfig(bf16=bf16))  # fmt: skip
 
     weightings = [WeightingOptions(), DENSE, SPARSE_UNFROZEN] if axes == Axes() else [DENSE]
     results = ranks(axes.world_size).run(
@@ -232,7 +232,7 @@ def scores_of_two(axes: Axes, configs) -> list[torch.Tensor | None]:
             batches = next(run.loader)
             rows_RN = torch.cat([batch.tokens for batch in batches])
             assert run.step.scorer is not None
-            results.append(run.step.scorer.score(rows_RN, torch.cat([batch.row_index for batch in batches])))
+            results.append(run.step.scorer.short_nll(rows_RN, torch.cat([batch.row_index for batch in batches])))
             release(run.step.model)
     return results
 
@@ -243,8 +243,8 @@ def scores_of_two(axes: Axes, configs) -> list[torch.Tensor | None]:
 )  # fmt: skip
 def test_live_scores_equal_cached_scores(axes, ranks, rows, tmp_path):
     ranks(1).run(make_scores, scoring_options(rows, tmp_path / "scores"))
-    live = replace(WINDOWS, scorer="frozen", scorer_hf=str(TINY_LLAMA))
-    cached = replace(WINDOWS, scorer="frozen", scores=str(tmp_path / "scores"))
+    live = ScorerConfig(scorer="frozen", scorer_hf=str(TINY_LLAMA))
+    cached = ScorerConfig(scorer="frozen", scores=str(tmp_path / "scores"))
     configs = [options(axes, rows, weighting=DENSE, scorer=scorer) for scorer in (live, cached)]
     answered = 0
     for live_RT, cached_RT in ranks(axes.world_size).run(scores_of_two, axes, configs):
@@ -263,6 +263,6 @@ def test_vocabulary_of_the_live_scorer(ranks, rows, tmp_path):
     shutil.copytree(TINY_LLAMA, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": VOCAB + 1}))
-    live = replace(WINDOWS, scorer="frozen", scorer_hf=str(folder))
+    live = ScorerConfig(scorer="frozen", scorer_hf=str(folder))
     with pytest.raises(ValueError, match=r"--scorer-hf .*vocabulary of 321"):
         ranks(1).run(run_steps, Axes(), [options(Axes(), rows, weighting=DENSE, scorer=live)])

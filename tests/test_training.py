@@ -32,12 +32,13 @@ from megatron_tw.config import (
     ScorerConfig,
     TrainConfig,
     WeightingOptions,
+    WindowsConfig,
 )
 from megatron_tw.config.scoring import ScoringConfig, ScoringOptions
-from megatron_tw.model.forward import ShortWindowScorer
+from megatron_tw.model.forward import ShortWindowForward
 from megatron_tw.parallel.devices import prepare_device
 from megatron_tw.parallel.layout import destroy_layout
-from megatron_tw.runtime.scoring import score_tokens
+from megatron_tw.programs.scoring import score_tokens
 from megatron_tw.training.inputs import open_inputs
 from megatron_tw.training.loop import Run, train
 
@@ -45,16 +46,17 @@ DENSE = WeightingOptions(weighting="dense", interpolation=0.75)
 SPARSE_UNFROZEN = WeightingOptions(weighting="sparse", sparsification=0.2)
 SPARSE_FROZEN = WeightingOptions(weighting="sparse", sparsification=0.4)
 LONGCE = WeightingOptions(weighting="longce", truncation=5.0)
-WINDOWS = ScorerConfig(short_window=WINDOW, short_stride=STRIDE)
-LIVE = replace(WINDOWS, scorer="frozen", scorer_hf=str(TINY_LLAMA))
+WINDOWS = WindowsConfig(short_window=WINDOW, short_stride=STRIDE)
+UNFROZEN = ScorerConfig()
+LIVE = ScorerConfig(scorer="frozen", scorer_hf=str(TINY_LLAMA))
 # A moving average that keeps everything of itself stays the initial model, which is the frozen scorer of the reference.
-EMA = replace(WINDOWS, scorer="ema", scorer_ema_decay=1.0)
-CACHED = replace(WINDOWS, scorer="frozen", scores="scores")
+EMA = ScorerConfig(scorer="ema", scorer_ema_decay=1.0)
+CACHED = ScorerConfig(scorer="frozen", scores="scores")
 TRAJECTORIES = [
-    ("trajectory_uniform", WeightingOptions(), WINDOWS),
-    ("trajectory_dense_unfrozen", DENSE, WINDOWS),
-    ("trajectory_sparse_unfrozen", SPARSE_UNFROZEN, WINDOWS),
-    ("trajectory_longce_unfrozen", LONGCE, WINDOWS),
+    ("trajectory_uniform", WeightingOptions(), UNFROZEN),
+    ("trajectory_dense_unfrozen", DENSE, UNFROZEN),
+    ("trajectory_sparse_unfrozen", SPARSE_UNFROZEN, UNFROZEN),
+    ("trajectory_longce_unfrozen", LONGCE, UNFROZEN),
     ("trajectory_dense_frozen", DENSE, CACHED),
     ("trajectory_sparse_frozen", SPARSE_FROZEN, LIVE),
     ("trajectory_sparse_frozen", SPARSE_FROZEN, EMA),
@@ -113,7 +115,7 @@ def options(axes: Axes, data: Path, **changes) -> RunConfig:
         "data": DataConfig(data_path=str(data), seq_length=SEQ_LENGTH, shuffle=False, bos_id=BOS),
         "train": TrainConfig(train_iters=12, global_batch_size=2),
         "optimizer": OptimizationConfig(lr=1e-3, weight_decay=0.01, clip_grad=1.0, adam_beta1=0.9, adam_beta2=0.95),
-        "scorer": WINDOWS,
+        "windows": WINDOWS,
         "checkpoint": CheckpointConfig(),
     }
     return RunConfig(**{**sections, **changes})
@@ -170,10 +172,8 @@ def make_scores(config: ScoringConfig) -> None:
 
 def scoring_options(data: Path, output: Path) -> ScoringConfig:
     """Frozen scores of `data` by the tiny Llama."""
-    scoring = ScoringOptions(
-        data_path=str(data), output=str(output), short_window=WINDOW, short_stride=STRIDE, bos_id=BOS
-    )
-    return ScoringConfig(scoring=scoring, model=ModelConfig(load_hf=str(TINY_LLAMA)))
+    scoring = ScoringOptions(data_path=str(data), output=str(output), bos_id=BOS)
+    return ScoringConfig(scoring=scoring, model=ModelConfig(load_hf=str(TINY_LLAMA)), windows=WINDOWS)
 
 
 @pytest.fixture(scope="module")
@@ -201,17 +201,17 @@ def test_trajectories(axes, trajectories, ranks, reference, reference_data, refe
 RESUME_FROM = 5
 
 
-MOVING = replace(WINDOWS, scorer="ema", scorer_ema_decay=0.9)
+MOVING = ScorerConfig(scorer="ema", scorer_ema_decay=0.9)
 
 
 @pytest.mark.parametrize(
     ("before", "after", "scorer"),
     [
-        (Axes(), Axes(), WINDOWS),
+        (Axes(), Axes(), UNFROZEN),
         (Axes(tp=2, cp=2), Axes(tp=2, cp=2), MOVING),
-        (Axes(pp=2, vpp_layers=1), Axes(pp=2, vpp_layers=1), WINDOWS),
+        (Axes(pp=2, vpp_layers=1), Axes(pp=2, vpp_layers=1), UNFROZEN),
         (Axes(tp=2, pp=2), Axes(cp=2), MOVING),
-        (Axes(cp=2, dp=2), Axes(pp=2, vpp_layers=1), WINDOWS),
+        (Axes(cp=2, dp=2), Axes(pp=2, vpp_layers=1), UNFROZEN),
     ],
     ids=lambda value: value.name if isinstance(value, Axes) else value.scorer,
 )
@@ -250,7 +250,7 @@ def collectives_of_scoring(axes: Axes, data: Path) -> tuple[int, list[int], int]
     sizes: list[int] = []
     with layout_of(axes) as layout:
         _, chunks = load_tiny(axes, layout)
-        scorer = ShortWindowScorer.create(
+        forward = ShortWindowForward.create(
             SEQ_LENGTH, WINDOW, STRIDE, include_first=False, bos_id=BOS, layout=layout, sequence_parallel=axes.tp > 1
         )
         names = ("all_reduce", "all_gather", "broadcast", "reduce_scatter", "all_to_all", "all_gather_into_tensor",
@@ -273,12 +273,12 @@ def collectives_of_scoring(axes: Axes, data: Path) -> tuple[int, list[int], int]
         try:
             for name in own:
                 setattr(dist, name, counting(name))
-            scorer.nll(chunks, torch.from_numpy(reference_rows())[:1])
+            forward.short_nll(chunks, torch.from_numpy(reference_rows())[:1])
         finally:
             for name, function in own.items():
                 setattr(dist, name, function)
             hook.remove()
-    return sum(calls), sizes, len(scorer.windows)
+    return sum(calls), sizes, len(forward.windows)
 
 
 @pytest.mark.parametrize("axes", [Axes(cp=2), Axes(cp=4), Axes(tp=2, cp=2)], ids=lambda axes: axes.name)

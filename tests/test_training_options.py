@@ -25,6 +25,7 @@ from tiny import (
 )
 
 from megatron_tw.config import (
+    ActivationConfig,
     CheckpointConfig,
     LoggingConfig,
     ModelConfig,
@@ -41,15 +42,15 @@ SHORT_RUN = TrainConfig(train_iters=STEPS, global_batch_size=2)
 
 @pytest.mark.parametrize("axes", [Axes(), Axes(tp=2), Axes(pp=2, vpp_layers=1)], ids=lambda axes: axes.name)
 def test_recomputation_changes_nothing(axes, ranks, reference_data):
-    models = [
-        ModelConfig(load_hf=str(TINY_LLAMA), **recompute)
+    activations = [
+        ActivationConfig(**recompute)
         for recompute in (
             {},
             {"recompute_granularity": "selective"},
             {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
         )
     ]
-    configs = [options(axes, reference_data, weighting=DENSE, model=model, train=SHORT_RUN) for model in models]
+    configs = [options(axes, reference_data, weighting=DENSE, activations=one, train=SHORT_RUN) for one in activations]
     plain, *recomputed = ranks(axes.world_size).run(run_steps, axes, configs)[0]
     for metrics in recomputed:
         for key in METRICS:

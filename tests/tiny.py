@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_tw.config import ModelConfig, ParallelConfig, virtual_pipeline_size
+from megatron_tw.config import ComputeConfig, ParallelConfig, virtual_pipeline_size
 from megatron_tw.data.files import header_checksum
 from megatron_tw.data.prepare import prepare_rows
 from megatron_tw.model.architecture import Architecture, read_architecture
@@ -69,7 +69,7 @@ def layout_of(axes: Axes, num_layers: int = 4) -> Iterator[Layout]:
 def load_tiny(axes: Axes, layout: Layout, folder: Path = TINY_LLAMA) -> tuple[Architecture, list[TokenWeightedGPT]]:
     """On a rank: the model of `folder` under `layout`, filled from it."""
     architecture = read_architecture(folder)
-    chunks = build_model(architecture, axes.parallel(), ModelConfig(), layout, prepare_device())
+    chunks = build_model(architecture, axes.parallel(), ComputeConfig(), layout, prepare_device())
     load_hf(chunks, folder, architecture, layout)
     return architecture, chunks
 

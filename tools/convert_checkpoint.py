@@ -9,15 +9,16 @@ import sys
 from collections.abc import Sequence
 
 from megatron_tw.config import load_options, user_errors
-from megatron_tw.config.conversion import ConversionConfig
+from megatron_tw.config.conversion import ConversionConfig, check_conversion
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse, convert. A user's mistake is one line on stderr and exit status 2."""
     config = load_options(argv, ConversionConfig, prog="tools/convert_checkpoint.py", description="Convert weights.")
     with user_errors():
+        check_conversion(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))  # from the launcher
         from megatron_tw.parallel.layout import stop_process_group
-        from megatron_tw.runtime.convert import convert  # imports torch and Megatron-Core
+        from megatron_tw.programs.convert import convert  # imports torch and Megatron-Core
 
         written = convert(config)
         if os.environ.get("RANK", "0") == "0":

@@ -3,11 +3,12 @@
 torchrun --nproc-per-node 4 tools/evaluate.py --load-hf DIR --data-path DIR --seq-length N --short-window n --output DIR
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
 from megatron_tw.config import load_options, user_errors
-from megatron_tw.config.evaluation import EvaluationConfig
+from megatron_tw.config.evaluation import EvaluationConfig, check_evaluation
 
 
 def main(argv: Sequence[str]) -> None:
@@ -16,6 +17,7 @@ def main(argv: Sequence[str]) -> None:
         argv, EvaluationConfig, prog="tools/evaluate.py", description="Evaluate a model on held-out rows."
     )
     with user_errors():
+        check_evaluation(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))  # from the launcher
         from pathlib import Path
 
         from megatron_tw.evaluation.run import evaluate  # imports torch and Megatron-Core

@@ -9,17 +9,18 @@ import sys
 from collections.abc import Sequence
 
 from megatron_tw.config import load_options, user_errors
-from megatron_tw.config.scoring import ScoringConfig
+from megatron_tw.config.scoring import ScoringConfig, check_scoring
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse, score, write. A user's mistake is one line on stderr and exit status 2."""
     config = load_options(
-        argv, ScoringConfig, prog="tools/score_tokens.py", description="Score rows with a frozen model."
+        argv, ScoringConfig, prog="tools/score_tokens.py", description="Make the short NLLs of rows by a frozen model."
     )
     with user_errors():
+        check_scoring(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))  # from the launcher
         from megatron_tw.parallel.layout import stop_process_group
-        from megatron_tw.runtime.scoring import score_tokens  # imports torch and Megatron-Core
+        from megatron_tw.programs.scoring import score_tokens  # imports torch and Megatron-Core
 
         scores = score_tokens(config)
         if os.environ.get("RANK", "0") == "0":

@@ -9,8 +9,11 @@ from pathlib import Path
 
 from megatron_tw.config.options import flag
 from megatron_tw.config.schema import (
+    ActivationConfig,
     CheckpointConfig,
+    ComputeConfig,
     DataConfig,
+    DataParallelConfig,
     ModelConfig,
     OptimizationConfig,
     ParallelConfig,
@@ -18,16 +21,21 @@ from megatron_tw.config.schema import (
     ScorerConfig,
     TrainConfig,
     WeightingOptions,
+    WindowsConfig,
 )
 
 
 def check_config(config: RunConfig, world_size: int | None = None) -> None:
     """Check a training run's options with each other, and with the number of ranks where that is known."""
     check_parallel(config.parallel, world_size)
-    check_model(config.model, config.parallel)
-    check_weighting(config.weighting, config.scorer)
+    check_data_parallel(config.data_parallel)
+    check_model(config.model)
+    check_compute(config.compute, config.parallel)
+    check_activations(config.activations)
+    check_weighting(config.weighting)
+    check_scorer(config.scorer)
     check_seq_length(config.parallel, config.data.seq_length)
-    check_windows(config.scorer, config.data.seq_length)
+    check_windows(config.windows, config.data.seq_length)
     check_optimizer(config.optimizer)
     check_checkpoint(config.checkpoint, config.model, config.data, config.train)
     _at_least(1, train_iters=config.train.train_iters, micro_batch_size=config.train.micro_batch_size)
@@ -44,10 +52,6 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
     )
     _at_least(0, seed=config.train.seed, bos_id=config.data.bos_id)
     _at_least(1, log_interval=config.logging.log_interval)
-    _require(
-        config.scorer.scorer != "ema" or not config.parallel.overlap_param_gather,
-        "--overlap-param-gather: --scorer ema averages the weights after the update, before they would be gathered",
-    )
     if world_size is not None:
         num_microbatches(config.train, config.parallel, world_size)
 
@@ -65,12 +69,12 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
 
 def num_microbatches(train: TrainConfig, parallel: ParallelConfig, world_size: int) -> int:
     """Micro-batches that each copy of the model goes through in one optimizer step."""
-    rows = train.micro_batch_size * data_parallel_size(parallel, world_size)
-    global_batch = rows if train.global_batch_size is None else train.global_batch_size
+    copies = data_parallel_size(parallel, world_size)
+    rows, global_batch = train.micro_batch_size * copies, train.batch_size(copies)
     _require(
         global_batch % rows == 0,
         f"--global-batch-size: expected a multiple of --micro-batch-size {train.micro_batch_size} x data-parallel size "
-        f"{rows // train.micro_batch_size} = {rows}, got {global_batch}",
+        f"{copies} = {rows}, got {global_batch}",
     )
     count, stages = global_batch // rows, parallel.pipeline_model_parallel_size
     _require(
@@ -89,20 +93,11 @@ def check_parallel(parallel: ParallelConfig, world_size: int | None = None) -> N
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         num_layers_per_virtual_pipeline_stage=parallel.num_layers_per_virtual_pipeline_stage,
-        ddp_bucket_size=parallel.ddp_bucket_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
     _require(
         parallel.num_layers_per_virtual_pipeline_stage is None or parallel.pipeline_model_parallel_size > 1,
         "--num-layers-per-virtual-pipeline-stage: expected a --pipeline-model-parallel-size above 1 with it, got 1",
-    )
-    _require(
-        parallel.overlap_grad_reduce or parallel.ddp_bucket_size is None,
-        "--ddp-bucket-size: expected --overlap-grad-reduce with it",
-    )
-    _require(
-        parallel.overlap_grad_reduce or not parallel.overlap_param_gather,
-        "--overlap-param-gather: expected --overlap-grad-reduce with it",
     )
     sizes = parallel.hierarchical_context_parallel_sizes
     if parallel.cp_comm_type == "a2a+p2p":
@@ -123,6 +118,18 @@ def check_parallel(parallel: ParallelConfig, world_size: int | None = None) -> N
         data_parallel_size(parallel, world_size)
 
 
+def check_data_parallel(data_parallel: DataParallelConfig) -> None:
+    """What needs --overlap-grad-reduce, and its range."""
+    _at_least(1, ddp_bucket_size=data_parallel.ddp_bucket_size)
+    for name, given in (
+        ("ddp_bucket_size", data_parallel.ddp_bucket_size is not None),
+        ("overlap_param_gather", data_parallel.overlap_param_gather),
+    ):
+        _require(
+            data_parallel.overlap_grad_reduce or not given, f"{flag(name)}: expected --overlap-grad-reduce with it"
+        )
+
+
 def check_seq_length(parallel: ParallelConfig, seq_length: int) -> None:
     """That a row can be cut into the slices of the CP ranks, and those into the parts of sequence parallelism."""
     _at_least(2, seq_length=seq_length)
@@ -135,27 +142,22 @@ def check_seq_length(parallel: ParallelConfig, seq_length: int) -> None:
     )
 
 
-def check_windows(scorer: ScorerConfig, seq_length: int) -> None:
+def check_windows(windows: WindowsConfig, seq_length: int) -> None:
     """The short windows of a row of `seq_length` tokens, or that without them there is no stride."""
-    window = scorer.short_window
-    if window is None:
-        _require(scorer.short_stride is None, "--short-stride: expected --short-window with it, got none")
+    decided = windows.of_rows(seq_length)
+    if decided is None:
+        _require(windows.short_stride is None, "--short-stride: expected --short-window with it, got none")
         return
-    least = scorer.least_context
-    _at_least(1, short_stride=scorer.short_stride, scoring_micro_batch=scorer.scoring_micro_batch)
+    window, stride, least = decided.tokens, decided.stride, decided.least_context
+    _at_least(1, short_stride=windows.short_stride, scoring_micro_batch=windows.scoring_micro_batch)
     _require(
         2 <= window <= seq_length, f"--short-window: expected 2 to {seq_length}, the tokens of a row, got {window}"
-    )
-    _require(
-        window < seq_length or scorer.scorer != "unfrozen",
-        f"--short-window: expected less than {seq_length}, the tokens of a row, where a model is compared with itself, "
-        f"got {window}",
     )
     _require(
         1 <= least < window,
         f"--min-short-context: expected 1 to {window - 1} (less than --short-window {window}), got {least}",
     )
-    stride, largest = scorer.stride(seq_length), window - least
+    largest = window - least
     even = [fit for fit in range(largest, 0, -1) if (seq_length - window) % fit == 0][:3]
     _require(
         stride <= largest,
@@ -165,71 +167,56 @@ def check_windows(scorer: ScorerConfig, seq_length: int) -> None:
     )
 
 
-def check_own_windows(scorer: ScorerConfig, seq_length: int) -> None:
-    """The windows in which an evaluated model sees a short context itself: it has no other scorer."""
-    for name in ("scores", "scorer_hf"):
-        _require(getattr(scorer, name) is None, f"{flag(name)}: an evaluation's short contexts are the model's own")
+def check_own_windows(windows: WindowsConfig, seq_length: int) -> None:
+    """The windows in which a model sees a short context of its own: they must be shorter than the row."""
+    check_windows(windows, seq_length)
+    window = windows.short_window
     _require(
-        scorer.scorer == "unfrozen", f"--scorer {scorer.scorer}: an evaluation's short contexts are the model's own"
+        window is None or window < seq_length,
+        f"--short-window: expected less than {seq_length}, the tokens of a row, where a model is compared with itself, "
+        f"got {window}",
     )
-    check_windows(scorer, seq_length)
 
 
-def check_weighting(weighting: WeightingOptions, scorer: ScorerConfig) -> None:
-    """Ranges of the weighting's numbers, and that a scheme that needs short windows has them."""
+def check_weighting(weighting: WeightingOptions) -> None:
+    """Ranges of the weighting's numbers."""
     _above(0, truncation=weighting.truncation, shift=weighting.shift)
     _within(0.0, 1.0, interpolation=weighting.interpolation)
     _above(0, sparsification=weighting.sparsification)
     _within(0.0, 1.0, sparsification=weighting.sparsification)
+
+
+def check_scorer(scorer: ScorerConfig) -> None:
+    """Ranges of the scorer's numbers; what a scorer of this name needs, the scorer itself checks."""
     _within(0.0, 1.0, scorer_ema_decay=scorer.scorer_ema_decay)
-    for name in ("scores", "scorer_hf"):
-        _require(
-            scorer.scorer == "frozen" or getattr(scorer, name) is None,
-            f"{flag(name)}: is for --scorer frozen, got --scorer {scorer.scorer}",
-        )
-    if weighting.weighting_schedule is None:
-        check_scorer(scorer, needed=weighting.needs_scorer)
 
 
-def check_scorer(scorer: ScorerConfig, *, needed: bool) -> None:
-    """That a weighting which compares two NLLs has one scorer, with windows, and another has none.
-
-    needed: whether the weighting compares, at any step.
-    """
-    if not needed:
-        _require(scorer.scorer == "unfrozen", f"--scorer {scorer.scorer}: the weighting uses no scorer's NLL")
-        return
-    _require(scorer.short_window is not None, "--short-window: the weighting needs a scorer's windows, got none")
-    _require(
-        scorer.scorer != "frozen" or (scorer.scores is None) != (scorer.scorer_hf is None),
-        "--scorer frozen: expected either --scores (cached) or --scorer-hf (live), got "
-        + ("both" if scorer.scores is not None else "neither"),
-    )
-
-
-def check_model(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Ranges of the model's options, and whose layers know what --cp-comm-type asks for."""
-    check_recompute(model)
-    _at_least(1, make_vocab_size_divisible_by=model.make_vocab_size_divisible_by)
-    _at_least(1, loss_chunk_tokens=model.loss_chunk_tokens)
-    _at_least(0, loss_keep_logits_mib=model.loss_keep_logits_mib)
+def check_model(model: ModelConfig) -> None:
+    """Ranges of what becomes another in the model."""
     _above(0, rotary_base=model.rotary_base)
+
+
+def check_compute(compute: ComputeConfig, parallel: ParallelConfig) -> None:
+    """Ranges of the computation's options, and whose layers know what --cp-comm-type asks for."""
+    _at_least(1, make_vocab_size_divisible_by=compute.make_vocab_size_divisible_by)
+    _at_least(1, loss_chunk_tokens=compute.loss_chunk_tokens)
     _require(
-        model.transformer_impl != "local" or parallel.cp_comm_type == "p2p",
+        compute.transformer_impl != "local" or parallel.cp_comm_type == "p2p",
         f"--cp-comm-type: {parallel.cp_comm_type} is Transformer Engine's; --transformer-impl local always gathers",
     )
 
 
-def check_recompute(model: ModelConfig) -> None:
-    """The combinations of recompute options that Megatron-Core knows."""
-    _at_least(1, recompute_num_layers=model.recompute_num_layers)
+def check_activations(activations: ActivationConfig) -> None:
+    """The combinations of recompute options that Megatron-Core knows, and the range of what the loss keeps."""
+    _at_least(0, loss_keep_logits_mib=activations.loss_keep_logits_mib)
+    _at_least(1, recompute_num_layers=activations.recompute_num_layers)
     for name in ("recompute_method", "recompute_num_layers"):
-        given = getattr(model, name) is not None
-        wanted = model.recompute_granularity == "full"
+        given = getattr(activations, name) is not None
+        wanted = activations.recompute_granularity == "full"
         _require(not wanted or given, f"{flag(name)}: --recompute-granularity full needs it, got none")
         _require(
             not given or wanted,
-            f"{flag(name)}: expected --recompute-granularity full, got {model.recompute_granularity}",
+            f"{flag(name)}: expected --recompute-granularity full, got {activations.recompute_granularity}",
         )
 
 

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from megatron_tw.config.schema import ModelConfig, ParallelConfig
+from megatron_tw.config.checks import check_model, check_parallel
+from megatron_tw.config.schema import ModelConfig, ParallelConfig, ShardingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,5 +26,25 @@ class ConversionConfig:
     """All options of a conversion, which runs alone or, for models too large for one rank, under torchrun."""
 
     conversion: ConversionOptions = field(default_factory=ConversionOptions)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ShardingConfig = field(default_factory=ShardingConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+
+    @property
+    def layout(self) -> ParallelConfig:
+        """`parallel`, with the axes that a conversion has no use for left at 1."""
+        return ParallelConfig(**vars(self.parallel))
+
+
+def check_conversion(config: ConversionConfig, world_size: int) -> None:
+    """Check that the options name one source and one target, and fit the number of ranks.
+
+    Raises:
+        ValueError: names the options.
+    """
+    options = config.conversion
+    directions = (options.load, options.save_hf), (config.model.load_hf, options.save)
+    given = [pair for pair in directions if all(pair)]
+    if len(given) != 1 or sum(value is not None for pair in directions for value in pair) != 2:
+        raise ValueError("expected --load with --save-hf, or --load-hf with --save, and nothing of the other pair")
+    check_parallel(config.layout, world_size)
+    check_model(config.model)

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from megatron_tw.config.schema import ModelConfig, ParallelConfig, ScorerConfig
+from megatron_tw.config.checks import check_compute, check_model, check_own_windows, check_parallel, check_seq_length
+from megatron_tw.config.options import flag
+from megatron_tw.config.schema import ComputeConfig, ModelConfig, ParallelConfig, WindowsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,4 +39,22 @@ class EvaluationConfig:
     evaluation: EvaluationOptions
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    scorer: ScorerConfig = field(default_factory=ScorerConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    windows: WindowsConfig = field(default_factory=WindowsConfig)
+
+
+def check_evaluation(config: EvaluationConfig, world_size: int) -> None:
+    """Check the options with each other and with the number of ranks.
+
+    Raises:
+        ValueError: names the option.
+    """
+    options = config.evaluation
+    check_parallel(config.parallel, world_size)
+    check_model(config.model)
+    check_compute(config.compute, config.parallel)
+    check_seq_length(config.parallel, options.seq_length)
+    check_own_windows(config.windows, options.seq_length)
+    for name, value in (("eval_rows", options.eval_rows), ("micro_batch_size", options.micro_batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{flag(name)}: expected 1 or more, got {value}")

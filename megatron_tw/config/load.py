@@ -10,7 +10,7 @@ import difflib
 import inspect
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -20,6 +20,7 @@ from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, DefaultHelp
 
 from megatron_tw.config.errors import user_errors
 from megatron_tw.config.options import Option, flag, groups_of, options_of
+from megatron_tw.config.programs import programs_with
 from megatron_tw.config.schema import RunConfig
 
 Schema = TypeVar("Schema")
@@ -143,10 +144,16 @@ def _split_config_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return files, rest
 
 
-def _known(name: str, options: dict[str, Option]) -> str:
-    """What to say of an unknown name: the nearest known one."""
-    near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else "; --help lists them"
+def _unknown(name: str, known: Iterable[str]) -> str:
+    """What to say of an unknown name, a flag or a YAML key: which programs have it, or else the nearest known one."""
+    option = name.lstrip("-").replace("-", "_")
+    programs = programs_with(option) or programs_with(option.removeprefix("no_"))
+    if programs:
+        *others, last = programs
+        have = f"{', '.join(others)} and {last} have it" if others else f"{last} has it"
+        return f"unknown option {name}: it does nothing here; {have}"
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else "; --help lists them")
 
 
 def _check_flags(flags: Sequence[str], options: dict[str, Option]) -> None:
@@ -155,10 +162,7 @@ def _check_flags(flags: Sequence[str], options: dict[str, Option]) -> None:
     for argument in flags:
         name = argument.partition("=")[0]
         if name.startswith("--") and name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-            raise ValueError(
-                f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else "; --help lists them")
-            )
+            raise ValueError(_unknown(name, known))
 
 
 def _check_yaml(file: str, options: dict[str, Option]) -> None:
@@ -175,7 +179,7 @@ def _check_yaml(file: str, options: dict[str, Option]) -> None:
     for key, value in root.value:
         name, place = str(key.value), f"--config {file}, line {key.start_mark.line + 1}"
         if name not in options:
-            raise ValueError(f"{place}: unknown option {name}{_known(name, options)}")
+            raise ValueError(f"{place}: {_unknown(name, options)}")
         if name in seen:
             raise ValueError(f"{place}: {name} is set twice")
         seen.add(name)

@@ -5,7 +5,7 @@ import functools
 import inspect
 import textwrap
 import types
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
@@ -94,10 +94,12 @@ def _without_none(hint: Any) -> tuple[Any, bool]:
 
 @functools.cache
 def _field_docs(group_class: type) -> dict[str, str]:
-    """The string under each field of a dataclass, by the field's name."""
+    """The string under each field of a dataclass, by the field's name; those of its base classes too."""
+    docs: dict[str, str] = {}
+    for base in filter(is_dataclass, group_class.__bases__):
+        docs |= _field_docs(base)
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(group_class))).body
     assert isinstance(tree, ast.ClassDef)
-    docs = {}
     for statement, below in zip(tree.body, tree.body[1:], strict=False):
         match statement, below:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):

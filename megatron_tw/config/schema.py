@@ -12,13 +12,21 @@ from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
-    """Parallelism: how the ranks share the model and the rows. What is left over is data parallel."""
+class ShardingConfig:
+    """Parallelism: how the ranks share the model."""
 
     tensor_model_parallel_size: int = 1
     """Ranks that share each weight matrix (TP)."""
     pipeline_model_parallel_size: int = 1
     """Ranks that share the layers (PP)."""
+    distributed_timeout_minutes: int = 10
+    """Minutes after which a collective that hangs ends the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(ShardingConfig):
+    """Parallelism: how the ranks share the model and the rows. What is left over is data parallel."""
+
     num_layers_per_virtual_pipeline_stage: int | None = None
     """Layers of one chunk of the interleaved pipeline schedule (needs PP > 1; null: not interleaved)."""
     context_parallel_size: int = 1
@@ -29,15 +37,6 @@ class ParallelConfig:
     """How Transformer Engine moves keys and values under CP; without it they are always gathered."""
     hierarchical_context_parallel_sizes: tuple[int, ...] | None = None
     """Sizes of the a2a and the p2p level of a2a+p2p; their product is CP."""
-    overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward pass still runs."""
-    overlap_param_gather: bool = False
-    """Gather updated weights while the next forward pass runs (needs --overlap-grad-reduce)."""
-    ddp_bucket_size: int | None = None
-    """Parameters whose gradients are reduced at a time under --overlap-grad-reduce (null: Megatron-Core's default, 40
-    million or a million for each data- and context-parallel rank)."""
-    distributed_timeout_minutes: int = 10
-    """Minutes after which a collective that hangs ends the run."""
 
     @property
     def model_parallel_size(self) -> int:
@@ -58,33 +57,58 @@ class ParallelConfig:
         return self.context_parallel_size * lcm(slices, parts)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataParallelConfig:
+    """Data parallelism: when the copies of the model exchange gradients and weights."""
+
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward pass runs (needs --overlap-grad-reduce)."""
+    ddp_bucket_size: int | None = None
+    """Parameters whose gradients are reduced at a time under --overlap-grad-reduce (null: Megatron-Core's default, 40
+    million or a million for each data- and context-parallel rank)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Model: where it comes from, and what becomes another in it."""
+
+    load_hf: str | None = None
+    """Local Hugging Face folder of the model (a checkpoint under --load wins)."""
+    rotary_base: float | None = None
+    """New base of the rotary embedding (null: the checkpoint's)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """Computation: in what precision, with whose layers, in what portions."""
+
+    bf16: bool = False
+    """Compute in bfloat16 (a training keeps fp32 main weights); otherwise everything is fp32."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Whose layers: Transformer Engine's or our own (auto: Transformer Engine's where it is installed and there is a
+    GPU)."""
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this times TP; exports are stripped again."""
+    loss_chunk_tokens: int | None = None
+    """Tokens whose logits exist at once in the loss (null: chosen from the vocabulary size)."""
+
+
 DEFAULT_KEEP_LOGITS_MIB = 1024
 """--loss-keep-logits-mib where it is not given and no weights are sparse."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Model: where it comes from, its numbers, and what is traded for memory."""
+class ActivationConfig:
+    """Activations: what is kept from the forward pass to the backward pass, and what is made again."""
 
-    load_hf: str | None = None
-    """Local Hugging Face folder that the training starts from (a checkpoint under --load wins)."""
-    rotary_base: float | None = None
-    """New base of the rotary embedding (null: the checkpoint's)."""
-    bf16: bool = False
-    """Compute in bfloat16 with fp32 main weights; otherwise everything is fp32."""
-    make_vocab_size_divisible_by: int = 128
-    """The vocabulary is padded to a multiple of this times TP; exports are stripped again."""
     recompute_granularity: Literal["selective", "full"] | None = None
     """Activations computed again in the backward pass: of the core attention (selective) or of whole layers (full)."""
     recompute_method: Literal["uniform", "block"] | None = None
     """For full: layers in equal chunks (uniform), or only the first ones of each stage (block)."""
     recompute_num_layers: int | None = None
     """For full: layers of a chunk (uniform), or how many layers (block)."""
-    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Whose layers: Transformer Engine's or our own (auto: Transformer Engine's where it is installed and there is a
-    GPU)."""
-    loss_chunk_tokens: int | None = None
-    """Tokens whose logits exist at once in the loss (null: chosen from the vocabulary size)."""
     loss_keep_logits_mib: int | None = None
     """MiB in which the loss keeps logits from forward to backward instead of making them again; tokens kept = MiB x
     2^20 / (padded vocabulary / TP x bytes of a number). (null: 1024, and 0 where weights are sparse)."""
@@ -129,6 +153,10 @@ class TrainConfig:
     """Stop, with a checkpoint, after the step in which so many minutes of training are over."""
     exit_signal_handler: bool = False
     """On SIGTERM, finish the step and stop, with a checkpoint."""
+
+    def batch_size(self, dp_size: int) -> int:
+        """`global_batch_size` with its default filled in, for `dp_size` copies of the model."""
+        return self.micro_batch_size * dp_size if self.global_batch_size is None else self.global_batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,17 +221,12 @@ class WeightingOptions:
     tau: float | None = None
     """Least context, in tokens, of the targets that exact favours."""
 
-    @property
-    def needs_scorer(self) -> bool:
-        """Whether the weights are made from scores (exact makes them from the lengths of the documents)."""
-        return self.weighting not in ("uniform", "exact")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerConfig:
-    """Scorer: who says what a target's NLL is with a short context only."""
+    """Scorer: who says what a target's NLL is in a short window."""
 
-    scorer: Literal["unfrozen", "frozen", "ema"] = "unfrozen"
+    scorer: str = "unfrozen"
     """unfrozen: the model in training itself, in short windows; frozen: a fixed model (--scores or --scorer-hf); ema: a
     moving average of the model in training."""
     scores: str | None = None
@@ -213,29 +236,55 @@ class ScorerConfig:
     stage."""
     scorer_ema_decay: float = 0.999
     """Of the moving average: what a step keeps of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowsConfig:
+    """Windows: the short contexts, in which a target's NLL is made once more."""
+
     short_window: int | None = None
-    """Tokens of a short window (required by every weighting with a scorer)."""
+    """Tokens of a short window (needed by every weighting with a scorer, by tools/score_tokens.py, and to choose key
+    tokens)."""
     short_stride: int | None = None
     """Tokens from one window to the next (null: (1 - window/seq) x window, or less to keep the least context)."""
     min_short_context: int | None = None
     """Least context that a target beyond the first window must have, in tokens (null: a quarter of the window)."""
     scoring_micro_batch: int | None = None
-    """Windows of one forward pass of the scorer on a rank (null: all that a micro-batch gives it)."""
+    """Windows of one forward pass on a rank (null: all that a micro-batch gives it)."""
 
-    @property
-    def least_context(self) -> int:
-        """`min_short_context` with its default filled in, in tokens. Needs `short_window`."""
-        assert self.short_window is not None
-        return max(1, self.short_window // 4) if self.min_short_context is None else self.min_short_context
+    def of_rows(self, seq_length: int) -> "ShortWindows | None":
+        """The windows of rows of `seq_length` tokens, with the defaults filled in; None without --short-window.
 
-    def stride(self, seq_length: int) -> int:
-        """`short_stride` with its default filled in: s = (1 - n/N) n as published (arXiv 2503.09202), which makes the
-        windows after the first hold N tokens in all, but at most n - least_context. Needs `short_window`."""
-        assert self.short_window is not None
-        if self.short_stride is not None:
-            return self.short_stride
-        published = (seq_length - self.short_window) * self.short_window // seq_length
-        return max(1, min(published, self.short_window - self.least_context))
+        Default stride: s = (1 - n/N) n as published (arXiv 2503.09202), which makes the windows after the first hold
+        N tokens in all, but at most n - least_context.
+        """
+        if self.short_window is None:
+            return None
+        least = max(1, self.short_window // 4) if self.min_short_context is None else self.min_short_context
+        stride = self.short_stride
+        if stride is None:
+            published = (seq_length - self.short_window) * self.short_window // seq_length
+            stride = max(1, min(published, self.short_window - least))
+        return ShortWindows(
+            tokens=self.short_window,
+            stride=stride,
+            least_context=least,
+            micro_batch=self.scoring_micro_batch,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortWindows:
+    """The short windows of a row, decided.
+
+    tokens: n, of a window. stride: s, tokens from one window to the next. least_context: the least context of a target
+    beyond the first window. micro_batch: windows of one forward pass on a rank, None for all that there are.
+    """
+
+    tokens: int
+    stride: int
+    least_context: int
+    micro_batch: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,12 +317,16 @@ class RunConfig:
     """All options of a training run."""
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data_parallel: DataParallelConfig = field(default_factory=DataParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    activations: ActivationConfig = field(default_factory=ActivationConfig)
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizationConfig = field(default_factory=OptimizationConfig)
     weighting: WeightingOptions = field(default_factory=WeightingOptions)
     scorer: ScorerConfig = field(default_factory=ScorerConfig)
+    windows: WindowsConfig = field(default_factory=WindowsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 

@@ -13,17 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_tw.config import check_model, check_own_windows, check_parallel, check_seq_length, virtual_pipeline_size
-from megatron_tw.config.evaluation import EvaluationConfig
-from megatron_tw.config.options import flag
+from megatron_tw.config.evaluation import EvaluationConfig, check_evaluation
 from megatron_tw.data.files import check_new_folder
-from megatron_tw.data.rows import TokenRows, check_rows
-from megatron_tw.data.vocabulary import check_model_vocabulary
+from megatron_tw.data.rows import TokenRows
 from megatron_tw.evaluation.result import EvaluationHeader, EvaluationResult
-from megatron_tw.model.build import build_model
-from megatron_tw.model.forward import ShortWindowScorer, long_nll
-from megatron_tw.parallel.devices import Device, prepare_device
-from megatron_tw.parallel.layout import Layout, make_layout, start_process_group
+from megatron_tw.model.forward import ShortWindowForward, long_nll
+from megatron_tw.parallel.devices import Device
+from megatron_tw.parallel.layout import Layout
+from megatron_tw.runtime.opening import join_world, open_model, open_rows
 from megatron_tw.runtime.source import open_source, row_bos_id
 from megatron_tw.weighting import unfrozen_short_nll
 
@@ -37,46 +34,31 @@ def evaluate(config: EvaluationConfig) -> EvaluationResult | None:
     Raises:
         ValueError: an option or file that does not fit, before anything is allocated.
     """
-    device = prepare_device()
-    start_process_group(device, config.parallel.distributed_timeout_minutes)
+    device = join_world(config.parallel)
+    check_evaluation(config, dist.get_world_size())
     options = config.evaluation
     check_new_folder(Path(options.output))
-    check_parallel(config.parallel, dist.get_world_size())
-    check_model(config.model, config.parallel)
-    check_seq_length(config.parallel, options.seq_length)
-    check_own_windows(config.scorer, options.seq_length)
-    for name, value in (("eval_rows", options.eval_rows), ("micro_batch_size", options.micro_batch_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"{flag(name)}: expected 1 or more, got {value}")
     if options.key_tokens is not None:
         EvaluationResult.load(options.key_tokens)
-    source = open_source(load=options.load, load_hf=config.model.load_hf, rotary_base=config.model.rotary_base)
+    source = open_source(config.model, load=options.load)
     if options.load is not None and source.saved is None:
         raise ValueError(f"--load {options.load}: holds no checkpoint")
-    architecture = source.architecture
-    rows = TokenRows(options.data_path)
-    check_rows(rows, seq_length=options.seq_length, model_vocab_size=architecture.vocab_size)
-    if source.tokenizer_dir is not None:
-        check_model_vocabulary(rows, source.tokenizer_dir)
-    bos_id = row_bos_id(options.bos_id, rows, architecture)
+    rows = open_rows("--data-path", options.data_path, source, options.seq_length)
+    bos_id = row_bos_id(options.bos_id, rows, source.architecture)
     num_rows = len(rows) if options.eval_rows is None else min(options.eval_rows, len(rows))
+    layout, chunks = open_model(source, config.parallel, config.compute, device)
 
-    layout = make_layout(
-        config.parallel, num_model_chunks=virtual_pipeline_size(config.parallel, architecture.num_layers)
-    )
-    chunks = build_model(architecture, config.parallel, config.model, layout, device)
-    source.fill(chunks, layout)
-    scorer = None
-    if config.scorer.short_window is not None:
-        scorer = ShortWindowScorer.create(
+    windows, short_forward = config.windows.of_rows(options.seq_length), None
+    if windows is not None:
+        short_forward = ShortWindowForward.create(
             options.seq_length,
-            config.scorer.short_window,
-            config.scorer.stride(options.seq_length),
+            windows.tokens,
+            windows.stride,
             include_first=False,
             bos_id=bos_id,
             layout=layout,
             sequence_parallel=config.parallel.uses_sequence_parallel,
-            scoring_micro_batch=config.scorer.scoring_micro_batch,
+            scoring_micro_batch=windows.micro_batch,
         )
     nlls = nll_of_rows(
         chunks,
@@ -85,22 +67,21 @@ def evaluate(config: EvaluationConfig) -> EvaluationResult | None:
         layout,
         device,
         micro_batch_size=options.micro_batch_size,
-        scorer=scorer,
+        short_forward=short_forward,
         bar=tqdm(desc="evaluating", unit="pass", disable=not layout.reports),
     )
     if nlls is None or layout.tp_rank or layout.cp_rank or layout.dp_rank:
         return None
     long_all, short_all = nlls
-    if short_all is not None:
-        assert config.scorer.short_window is not None
-        short_all = unfrozen_short_nll(long_all, short_all, config.scorer.short_window)
+    if short_all is not None and windows is not None:
+        short_all = unfrozen_short_nll(long_all, short_all, windows.tokens)
     header = EvaluationHeader(
         model=source.name,
         layout=layout.describe(),
         seq_length=options.seq_length,
-        short_window=config.scorer.short_window,
-        short_stride=config.scorer.stride(options.seq_length) if scorer is not None else None,
-        rotary_base=architecture.rotary_base,
+        short_window=windows.tokens if windows is not None else None,
+        short_stride=windows.stride if windows is not None else None,
+        rotary_base=source.architecture.rotary_base,
         data_fingerprint=rows.header.fingerprint,
         tokenizer_fingerprint=rows.header.tokenizer.fingerprint if rows.header.tokenizer is not None else None,
     )
@@ -121,12 +102,12 @@ def nll_of_rows(
     device: Device,
     *,
     micro_batch_size: int,
-    scorer: ShortWindowScorer | None = None,
+    short_forward: ShortWindowForward | None = None,
     bar: tqdm,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """Long NLL [R, T] and, with `scorer`, its short NLL of the first `num_rows` rows, fp32 on the CPU; on all ranks of
-    the last pipeline stage, None on the others. Collective over the world; `bar` counts the passes, and is closed.
-    """
+    """Long NLL [R, T] and, with `short_forward`, short NLL [R, T] of the first `num_rows` rows, fp32 on the CPU; on
+    all ranks of the last pipeline stage, None on the others. Collective over the world; `bar` counts the passes, and
+    is closed."""
     rows_per_pass = micro_batch_size * layout.pp_size  # as many as the pipeline wants at a time
     passes = range(0, -(-num_rows // layout.dp_size), rows_per_pass)
     parts: list[list[Tensor]] = []
@@ -136,7 +117,7 @@ def nll_of_rows(
         mine = [min((first + i) * layout.dp_size + layout.dp_rank, num_rows - 1) for i in range(rows_per_pass)]
         tokens_RN = torch.from_numpy(np.stack([rows[row] for row in mine])).to(device.device)
         long_RT = long_nll(model, tokens_RN, layout, micro_batch_size=micro_batch_size)
-        short_RT = scorer.nll(model, tokens_RN) if scorer is not None else None
+        short_RT = short_forward.short_nll(model, tokens_RN) if short_forward is not None else None
         if long_RT is not None:
             parts.append([long_RT] if short_RT is None else [long_RT, short_RT])
         bar.update()
@@ -144,11 +125,11 @@ def nll_of_rows(
     if not layout.is_last_stage:
         return None
     nlls = [_in_row_order(torch.cat(nll), num_rows, layout) for nll in zip(*parts, strict=True)]
-    return nlls[0], nlls[1] if scorer is not None else None
+    return nlls[0], nlls[1] if short_forward is not None else None
 
 
 def _in_row_order(nll_RT: Tensor, num_rows: int, layout: Layout) -> Tensor:
-    """Rows 0 .. num_rows - 1 from what every data-parallel replica scored: replica d has rows d, d + dp, ..."""
+    """Rows 0 .. num_rows - 1 from what every data-parallel replica went through: replica d has rows d, d + dp, ..."""
     shards = [torch.empty_like(nll_RT) for _ in range(layout.dp_size)]
     dist.all_gather(shards, nll_RT.contiguous(), group=layout.dp_group)
     return torch.stack(shards, dim=1).flatten(0, 1)[:num_rows].float().cpu()

@@ -10,7 +10,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_tw.config import ModelConfig, ParallelConfig, check_model_shape, padded_vocab_size
+from megatron_tw.config import ActivationConfig, ComputeConfig, ParallelConfig, check_model_shape, padded_vocab_size
 
 SUPPORTED_MODEL_TYPES = ("llama",)
 _SCALED_FROM_A_LENGTH = ("yarn", "longrope", "llama3")
@@ -178,7 +178,8 @@ def rotary_embedding(architecture: Architecture) -> Rotary:
 def transformer_config(
     architecture: Architecture,
     parallel: ParallelConfig,
-    model: ModelConfig,
+    compute: ComputeConfig,
+    activations: ActivationConfig,
     *,
     on_gpu: bool,
     num_model_chunks: int | None,
@@ -218,9 +219,9 @@ def transformer_config(
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.uses_sequence_parallel,
         cp_comm_type=parallel.cp_comm_type,
-        bf16=model.bf16,
-        params_dtype=torch.bfloat16 if model.bf16 else torch.float32,
-        pipeline_dtype=torch.bfloat16 if model.bf16 else torch.float32,
+        bf16=compute.bf16,
+        params_dtype=torch.bfloat16 if compute.bf16 else torch.float32,
+        pipeline_dtype=torch.bfloat16 if compute.bf16 else torch.float32,
         calculate_per_token_loss=True,
         # Every weight is read from a checkpoint. Not perform_initialization=False: Megatron-Core marks weights as
         # tensor-parallel
@@ -228,9 +229,9 @@ def transformer_config(
         init_method=_leave_unfilled,
         output_layer_init_method=_leave_unfilled,
         embedding_init_method=_leave_unfilled,
-        recompute_granularity=model.recompute_granularity,
-        recompute_method=model.recompute_method,
-        recompute_num_layers=model.recompute_num_layers,
+        recompute_granularity=activations.recompute_granularity,
+        recompute_method=activations.recompute_method,
+        recompute_num_layers=activations.recompute_num_layers,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=on_gpu,
@@ -246,8 +247,8 @@ def _leave_unfilled(weight: Tensor) -> Tensor:
     return weight
 
 
-def megatron_vocab_size(architecture: Architecture, parallel: ParallelConfig, model: ModelConfig) -> int:
+def megatron_vocab_size(architecture: Architecture, parallel: ParallelConfig, compute: ComputeConfig) -> int:
     """The vocabulary padded as Megatron pads it for this tensor-parallel size."""
     return padded_vocab_size(
-        architecture.vocab_size, model.make_vocab_size_divisible_by, parallel.tensor_model_parallel_size
+        architecture.vocab_size, compute.make_vocab_size_divisible_by, parallel.tensor_model_parallel_size
     )

@@ -10,27 +10,38 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_tw.config import ModelConfig, ParallelConfig
+from megatron_tw.config import ActivationConfig, ComputeConfig, ParallelConfig
 from megatron_tw.model.architecture import Architecture, export_hf_config, megatron_vocab_size, transformer_config
 from megatron_tw.model.gpt import TokenWeightedGPT, layer_spec, transformer_engine_available
 from megatron_tw.model.huggingface import SafetensorsFolder, TensorParallel, export_parameter, import_parameter
 from megatron_tw.parallel.devices import Device
 from megatron_tw.parallel.layout import Layout
 
+FORWARD_ONLY = ActivationConfig()
+"""Nothing is kept for a backward pass, so there is nothing to make again."""
 MAX_SHARD_BYTES = 5 * 10**9
 """Size at which an exported safetensors file is closed and the next one begun, as Hugging Face does."""
 
 
 def build_model(
-    architecture: Architecture, parallel: ParallelConfig, model: ModelConfig, layout: Layout, device: Device
+    architecture: Architecture,
+    parallel: ParallelConfig,
+    compute: ComputeConfig,
+    layout: Layout,
+    device: Device,
+    *,
+    activations: ActivationConfig = FORWARD_ONLY,
+    keep_logits_mib: int = 0,
 ) -> list[TokenWeightedGPT]:
     """This rank's model chunks (one without interleaving), parameters allocated on the device and not yet filled.
+
+    activations, keep_logits_mib: of a model that will be trained; what the loss may keep for its backward pass.
 
     Raises:
         ValueError: `--transformer-impl transformer_engine` where it is not installed, or a layout that the model does
         not admit.
     """
-    wanted = model.transformer_impl
+    wanted = compute.transformer_impl
     available = transformer_engine_available()
     if wanted == "transformer_engine" and not (available and device.type == "cuda"):
         raise ValueError(
@@ -38,7 +49,7 @@ def build_model(
         )
     use_te = available and device.type == "cuda" and wanted != "local"
     megatron_config = transformer_config(
-        architecture, parallel, model, on_gpu=device.type == "cuda", num_model_chunks=layout.vpp_size
+        architecture, parallel, compute, activations, on_gpu=device.type == "cuda", num_model_chunks=layout.vpp_size
     )
     chunks = []
     for vp_stage in range(layout.vpp_size or 1):
@@ -47,14 +58,14 @@ def build_model(
             architecture,
             megatron_config,
             layer_spec(megatron_config, transformer_engine=use_te, vp_stage=stage),
-            padded_vocab_size=megatron_vocab_size(architecture, parallel, model),
+            padded_vocab_size=megatron_vocab_size(architecture, parallel, compute),
             layout=layout,
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=layout.pp_rank == 0 and vp_stage == 0,
             post_process=layout.is_last_stage and vp_stage == (layout.vpp_size or 1) - 1,
             vp_stage=stage,
-            loss_chunk_tokens=model.loss_chunk_tokens,
-            loss_keep_logits_bytes=(model.loss_keep_logits_mib or 0) << 20,
+            loss_chunk_tokens=compute.loss_chunk_tokens,
+            loss_keep_logits_bytes=keep_logits_mib << 20,
         )
         chunks.append(chunk.to(device.device))
     return chunks

@@ -145,7 +145,7 @@ def long_nll(
 
 
 @dataclass(frozen=True)
-class ShortWindowScorer:
+class ShortWindowForward:
     """The short-window forward of one run: which windows this rank runs, and in which sub-group.
 
     windows: all windows of a row. mine: those of this rank's sub-group. group: the sub-group (None: this rank alone).
@@ -177,7 +177,7 @@ class ShortWindowScorer:
         sequence_parallel: bool,
         scoring_micro_batch: int | None = None,
         pipelined: bool = True,
-    ) -> "ShortWindowScorer":
+    ) -> "ShortWindowForward":
         """Deal the windows out. Collective over the world (it may create groups).
 
         include_first: whether window 0 is run (a frozen scorer) or targets 1..n are left to the long NLL (the
@@ -190,7 +190,7 @@ class ShortWindowScorer:
         share = layout.cp_size // num_groups
         multiple = (2 * share if share > 1 else 1) * (layout.tp_size if sequence_parallel else 1)
         mine = deal_windows(windows, index, num_groups)
-        return ShortWindowScorer(
+        return ShortWindowForward(
             seq_length=seq_length,
             windows=windows,
             mine=mine,
@@ -202,7 +202,7 @@ class ShortWindowScorer:
             pipelined=pipelined,
         )
 
-    def nll(self, model: Sequence[torch.nn.Module], rows_RN: Tensor) -> Tensor | None:
+    def short_nll(self, model: Sequence[torch.nn.Module], rows_RN: Tensor) -> Tensor | None:
         """Short NLL [R, N-1] fp32 of whole rows, zero where no window scores the target; None before the last
         pipeline stage.
 

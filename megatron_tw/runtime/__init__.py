@@ -1,1 +1,1 @@
-"""What a run is made of: wrapped model, optimizer, checkpoints, metrics."""
+"""What a run is made of: how a program opens, optimizer, checkpoints, metrics."""

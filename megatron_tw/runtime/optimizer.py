@@ -21,21 +21,21 @@ def wrap_for_training(chunks: Sequence[TokenWeightedGPT], config: RunConfig) -> 
     The parameters move into contiguous buffers, so call it after their values are in place and before the optimizer
     exists.
     """
-    parallel = config.parallel
+    options = config.data_parallel
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
-        bucket_size=parallel.ddp_bucket_size,
+        overlap_grad_reduce=options.overlap_grad_reduce,
+        overlap_param_gather=options.overlap_param_gather,
+        bucket_size=options.ddp_bucket_size,
         use_distributed_optimizer=True,
     )
     model = []
     for index, chunk in enumerate(chunks):
-        inner: torch.nn.Module = Float16Module(chunk.config, chunk) if config.model.bf16 else chunk
+        inner: torch.nn.Module = Float16Module(chunk.config, chunk) if config.compute.bf16 else chunk
         model.append(DistributedDataParallel(chunk.config, ddp_config, inner, disable_bucketing=index > 0))
     megatron_config = chunks[0].config
     megatron_config.finalize_model_grads_func = finalize_model_grads
-    if parallel.overlap_grad_reduce:
+    if options.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in model]
         megatron_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return model
@@ -57,10 +57,10 @@ def make_optimizer(model: Sequence[DistributedDataParallel], config: RunConfig) 
             adam_beta2=options.adam_beta2,
             adam_eps=options.adam_eps,
             clip_grad=options.clip_grad or math.inf,  # 0 would leave the norm out of the metrics too
-            bf16=config.model.bf16,
-            params_dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
+            bf16=config.compute.bf16,
+            params_dtype=torch.bfloat16 if config.compute.bf16 else torch.float32,
             use_distributed_optimizer=True,
-            overlap_param_gather=config.parallel.overlap_param_gather,
+            overlap_param_gather=config.data_parallel.overlap_param_gather,
         ),
         list(model),
         use_gloo_process_groups=dist.get_backend() != "gloo",

@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_tw.config import ModelConfig
 from megatron_tw.data.rows import TokenRows
 from megatron_tw.model.architecture import Architecture, read_architecture
 from megatron_tw.model.build import load_hf
@@ -60,15 +61,15 @@ class ModelSource:
             load_hf(chunks, self.load_hf, self.architecture, layout)
 
 
-def open_source(*, load: str | None, load_hf: str | None, rotary_base: float | None = None) -> ModelSource:
-    """Find the model and read its architecture; no weights yet.
+def open_source(model: ModelConfig, *, load: str | None) -> ModelSource:
+    """Find the model and read its architecture, changed as `model` asks; no weights yet.
 
-    rotary_base: new base of the rotary embedding, None keeps the source's.
+    load: folder of a run, or one checkpoint; what it holds wins over --load-hf.
 
     Raises:
         ValueError: neither option names a model, or the checkpoint is of another model than the folder.
     """
-    saved = find_checkpoint(load) if load is not None else None
+    load_hf, saved = model.load_hf, find_checkpoint(load) if load is not None else None
     if load_hf is not None:
         try:
             architecture = read_architecture(load_hf)
@@ -85,7 +86,7 @@ def open_source(*, load: str | None, load_hf: str | None, rotary_base: float | N
         raise ValueError(
             "--load-hf: expected a Hugging Face folder to start from (or --load with a checkpoint), got none"
         )
-    return ModelSource(architecture.with_rotary_base(rotary_base), saved, load_hf)
+    return ModelSource(architecture.with_rotary_base(model.rotary_base), saved, load_hf)
 
 
 def row_bos_id(option: int | None, rows: TokenRows, architecture: Architecture) -> int | None:

@@ -1,32 +1,34 @@
 """What a training run starts from: its files, opened and checked before anything is allocated."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_tw.config import DEFAULT_KEEP_LOGITS_MIB, RunConfig, check_config, check_scorer
-from megatron_tw.data.rows import TOKENIZER_DIR, TokenRows, check_rows
-from megatron_tw.data.scores import ScoreRows
-from megatron_tw.data.vocabulary import check_model_vocabulary
-from megatron_tw.model.architecture import Architecture
+from megatron_tw.config import RunConfig, check_config, data_parallel_size
+from megatron_tw.data.rows import TOKENIZER_DIR, TokenRows
 from megatron_tw.model.build import check_export_target
-from megatron_tw.parallel.layout import Layout
 from megatron_tw.runtime.checkpoint import check_save_target
-from megatron_tw.runtime.source import ModelSource, open_source, row_bos_id
-from megatron_tw.training.scorers import open_live_scorer, open_scores
+from megatron_tw.runtime.opening import open_rows
+from megatron_tw.runtime.source import ModelSource, open_source
+from megatron_tw.training.scorers import ScorerInputs, ScorerMaker, check_scorer_options, open_scorer
+from megatron_tw.training.settings import Settings
 from megatron_tw.weighting.options import check_tail, schedule_from_options
 from megatron_tw.weighting.schedule import WeightingSchedule
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run starts from, opened and checked before anything is allocated."""
+    """What a run starts from, opened and checked before anything is allocated.
+
+    make_scorer: None where the weighting needs no scorer.
+    """
 
     rows: TokenRows
     source: ModelSource
     schedule: WeightingSchedule
-    scores: ScoreRows | None
+    settings: Settings
+    make_scorer: ScorerMaker | None
     valid_rows: TokenRows | None
     tokenizer_dir: Path | None
 
@@ -39,67 +41,39 @@ def open_inputs(config: RunConfig) -> Inputs:
     """
     check_config(config, dist.get_world_size())
     schedule = schedule_from_options(config.weighting)
-    check_scorer(config.scorer, needed=schedule.needs_scorer)
+    check_scorer_options(config, needed=schedule.needs_scorer)
     check_tail(schedule, config.data.seq_length)
     check_save_target(config.checkpoint.save, config.checkpoint.load)
     if config.checkpoint.save_hf is not None:
         check_export_target(Path(config.checkpoint.save_hf))
-    source = open_source(
-        load=config.checkpoint.load, load_hf=config.model.load_hf, rotary_base=config.model.rotary_base
-    )
-    rows = _open_rows("--data-path", config.data.data_path, config, source.architecture)
-    row_bos_id(config.data.bos_id, rows, source.architecture)
-    if source.tokenizer_dir is not None:
-        check_model_vocabulary(rows, source.tokenizer_dir)
+    source = open_source(config.model, load=config.checkpoint.load)
+    rows = open_rows("--data-path", config.data.data_path, source, config.data.seq_length)
     valid_rows = None
     if config.data.valid_data_path is not None:
-        valid_rows = _open_rows("--valid-data-path", config.data.valid_data_path, config, source.architecture)
+        valid_rows = open_rows("--valid-data-path", config.data.valid_data_path, source, config.data.seq_length)
         _check_same_tokenizer(valid_rows, rows)
-    if schedule.needs_scorer and config.scorer.scorer_hf is not None:
-        open_live_scorer(config.scorer.scorer_hf, config.parallel, rows, source.architecture)
-    scores = open_scores(config, rows, source.architecture) if schedule.needs_scorer else None
-    if (
-        source.saved is not None
-        and scores is not None
-        and source.saved.state.scores not in (None, scores.header.fingerprint)
-    ):
-        raise ValueError(f"--scores {scores.path}: other scores than those that the run of --load was trained with")
+    settings = Settings.decide(
+        config,
+        rows=rows,
+        source=source,
+        schedule=schedule,
+        dp_size=data_parallel_size(config.parallel, dist.get_world_size()),
+    )
+    make_scorer = None
+    if schedule.needs_scorer and settings.windows is not None:
+        make_scorer = open_scorer(
+            ScorerInputs(config=config, windows=settings.windows, rows=rows, bos_id=settings.bos_id, source=source)
+        )
     tokenizer_dir = rows.path / TOKENIZER_DIR
     return Inputs(
         rows=rows,
         source=source,
         schedule=schedule,
-        scores=scores,
+        settings=settings,
+        make_scorer=make_scorer,
         valid_rows=valid_rows,
         tokenizer_dir=tokenizer_dir if tokenizer_dir.is_dir() else source.tokenizer_dir,
     )
-
-
-def resolve(config: RunConfig, inputs: Inputs, layout: Layout) -> RunConfig:
-    """The options with those filled in that model, rows and layout decide where they are not given."""
-    data, model, train, scorer = config.data, config.model, config.train, config.scorer
-    keep = model.loss_keep_logits_mib
-    if keep is None:
-        # Forward cannot know which few targets sparse weights will choose; dense ones want every logit again.
-        keep = 0 if inputs.schedule.leaves_targets_out else DEFAULT_KEEP_LOGITS_MIB
-    if scorer.short_window is not None:
-        scorer = replace(scorer, short_stride=scorer.stride(data.seq_length), min_short_context=scorer.least_context)
-    return replace(
-        config,
-        data=replace(data, bos_id=row_bos_id(data.bos_id, inputs.rows, inputs.source.architecture)),
-        model=replace(model, rotary_base=inputs.source.architecture.rotary_base, loss_keep_logits_mib=keep),
-        train=replace(train, global_batch_size=train.global_batch_size or train.micro_batch_size * layout.dp_size),
-        scorer=scorer,
-    )
-
-
-def _open_rows(option: str, path: str, config: RunConfig, architecture: Architecture) -> TokenRows:
-    try:
-        rows = TokenRows(path)
-        check_rows(rows, seq_length=config.data.seq_length, model_vocab_size=architecture.vocab_size)
-    except ValueError as error:
-        raise ValueError(f"{option}: {error}") from error
-    return rows
 
 
 def _check_same_tokenizer(valid_rows: TokenRows, rows: TokenRows) -> None:

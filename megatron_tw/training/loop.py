@@ -4,18 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_tw.config import (
-    RunConfig,
-    differences,
-    virtual_pipeline_size,
-)
+from megatron_tw.config import RunConfig, differences
 from megatron_tw.data.loader import Loader, RowOrder
 from megatron_tw.model.build import build_model, save_hf
-from megatron_tw.parallel.devices import Device, peak_memory_bytes, prepare_device
-from megatron_tw.parallel.layout import Layout, make_layout, start_process_group
+from megatron_tw.parallel.devices import Device, peak_memory_bytes
+from megatron_tw.parallel.layout import Layout
 from megatron_tw.runtime.checkpoint import CONFIG_FILE, RunState, save_checkpoint
 from megatron_tw.runtime.exits import Exits
 from megatron_tw.runtime.metrics import MetricsLog
+from megatron_tw.runtime.opening import join_world, open_layout
 from megatron_tw.runtime.optimizer import (
     gather_weights,
     make_optimizer,
@@ -23,9 +20,9 @@ from megatron_tw.runtime.optimizer import (
     use_options,
     wrap_for_training,
 )
-from megatron_tw.training.inputs import Inputs, open_inputs, resolve
+from megatron_tw.training.inputs import Inputs, open_inputs
 from megatron_tw.training.report import StepReport
-from megatron_tw.training.scorers import make_scorer
+from megatron_tw.training.scorers import TrainedModel
 from megatron_tw.training.step import TrainingStep
 from megatron_tw.training.validation import Validation
 
@@ -37,13 +34,9 @@ def train(config: RunConfig) -> "Run":
     Raises:
         ValueError: bad options or files, named; before anything is allocated.
     """
-    device = prepare_device()
-    start_process_group(device, config.parallel.distributed_timeout_minutes)
+    device = join_world(config.parallel)
     inputs = open_inputs(config)
-    layout = make_layout(
-        config.parallel, num_model_chunks=virtual_pipeline_size(config.parallel, inputs.source.architecture.num_layers)
-    )
-    run = Run.start(config, inputs, layout, device)
+    run = Run.start(config, inputs, open_layout(config.parallel, inputs.source), device)
     run.train()
     return run
 
@@ -65,30 +58,28 @@ class Run:
     def start(config: RunConfig, inputs: Inputs, layout: Layout, device: Device) -> "Run":
         """Build the model, fill it from the checkpoint or the Hugging Face folder, make optimizer, scorer and
         loader."""
-        source = inputs.source
-        config = resolve(config, inputs, layout)
-        chunks = build_model(source.architecture, config.parallel, config.model, layout, device)
+        source, settings = inputs.source, inputs.settings
+        chunks = build_model(
+            source.architecture,
+            config.parallel,
+            config.compute,
+            layout,
+            device,
+            activations=config.activations,
+            keep_logits_mib=settings.loss_keep_logits_mib,
+        )
         if source.saved is None:
             source.fill(chunks, layout)
         model = wrap_for_training(chunks, config)
         optimizer = make_optimizer(model, config)
         scheduler = make_scheduler(optimizer, config)
-        scorer = make_scorer(
-            config,
-            inputs.schedule,
-            rows=inputs.rows,
-            scores=inputs.scores,
-            architecture=source.architecture,
-            model=model,
-            chunks=chunks,
-            layout=layout,
-            device=device,
-        )
-        assert config.train.global_batch_size is not None  # resolved
+        scorer = None
+        if inputs.make_scorer is not None:
+            scorer = inputs.make_scorer(TrainedModel(model=model, chunks=chunks, layout=layout, device=device))
         loader = Loader(
             inputs.rows,
             RowOrder(len(inputs.rows), seed=config.train.seed, shuffle=config.data.shuffle),
-            global_batch_size=config.train.global_batch_size,
+            global_batch_size=settings.global_batch_size,
             micro_batch_size=config.train.micro_batch_size,
             dp_rank=layout.dp_rank,
             dp_size=layout.dp_size,
@@ -105,7 +96,6 @@ class Run:
                 scheduler.step(increment=0)
                 loader.load_state_dict(source.saved.state.loader)
                 iteration = source.saved.state.iteration
-        old_context = config.scorer.short_window or source.old_context
         step = TrainingStep(
             model=model,
             optimizer=optimizer,
@@ -114,19 +104,17 @@ class Run:
             device=device,
             schedule=inputs.schedule,
             scorer=scorer,
-            report=StepReport.of_rows(config.data.seq_length, old_context),
+            report=StepReport.of_rows(config.data.seq_length, settings.old_context),
             seed=config.train.seed,
         )
         return Run(
-            config=config,
+            config=settings.fill_in(config),
             inputs=inputs,
             layout=layout,
             chunks=chunks,
             step=step,
             loader=loader,
-            validation=Validation.create(
-                config, inputs.valid_rows, old_context=old_context, layout=layout, device=device
-            ),
+            validation=Validation.create(config, settings, inputs.valid_rows, layout=layout, device=device),
             iteration=iteration,
         )
 
@@ -200,21 +188,19 @@ class Run:
 
     def _describe(self) -> list[str]:
         """The run in a few lines."""
-        config, rows = self.config, len(self.inputs.rows)
-        train, scorer = config.train, config.scorer
-        assert train.global_batch_size is not None
+        config, settings, rows = self.config, self.inputs.settings, len(self.inputs.rows)
+        train = config.train
         lines = [
-            f"{self.layout.describe()}, {'bf16' if config.model.bf16 else 'fp32'}, rotary base "
-            f"{config.model.rotary_base:g}, old context {self.step.report.old_context} tokens",
-            f"{rows} rows of {config.data.seq_length} tokens, {train.train_iters} steps of {train.global_batch_size}: "
-            f"{train.train_iters * train.global_batch_size / rows:.2f} epochs",
+            f"{self.layout.describe()}, {'bf16' if config.compute.bf16 else 'fp32'}, rotary base "
+            f"{settings.rotary_base:g}, old context {settings.old_context} tokens",
+            f"{rows} rows of {config.data.seq_length} tokens, {train.train_iters} steps of "
+            f"{settings.global_batch_size}: {train.train_iters * settings.global_batch_size / rows:.2f} epochs",
         ]
         schedule = config.weighting.weighting_schedule
         weighting = f"weighting {config.weighting.weighting}" if schedule is None else f"weighting {schedule}"
-        if self.inputs.schedule.needs_scorer:
-            weighting += (
-                f", {scorer.scorer} scorer, windows of {scorer.short_window} every {scorer.short_stride} tokens"
-            )
+        if self.step.scorer is not None and settings.windows is not None:
+            windows = settings.windows
+            weighting += f", {config.scorer.scorer} scorer, windows of {windows.tokens} every {windows.stride} tokens"
         lines.append(weighting)
         if config.checkpoint.save is None and config.checkpoint.save_hf is None:
             lines.append("warning: neither --save nor --save-hf: nothing of this run is kept")
@@ -240,7 +226,7 @@ class Run:
             seq_length=self.config.data.seq_length,
             old_context=self.inputs.source.old_context,
             loader=self.loader.state_dict(),
-            scores=self.inputs.scores.header.fingerprint if self.inputs.scores is not None else None,
+            scores=self.step.scorer.fingerprint if self.step.scorer is not None else None,
         )
         assert self.config.checkpoint.save is not None
         return save_checkpoint(

@@ -1,4 +1,4 @@
-"""One optimizer step: score the rows in short windows, make weights, forward and backward, update.
+"""One optimizer step: the rows' NLL in short windows, weights, forward and backward, update.
 
 R = rows, N = tokens of a row, T = N - 1 targets of a row, S = tokens of a row that this rank holds, M = rows of a
 micro-batch.
@@ -123,7 +123,7 @@ class TrainingStep:
         row_index_R = torch.cat([batch.row_index for batch in batches])
         short_RT = None
         if self.scorer is not None and weighting.needs_scorer:
-            short_RT = self.scorer.score(rows_RN, row_index_R)
+            short_RT = self.scorer.short_nll(rows_RN, row_index_R)
             synchronize()
         prepared = []
         for index, (batch, rows_MN) in enumerate(zip(batches, rows_RN.split(size), strict=True)):

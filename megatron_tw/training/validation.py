@@ -15,6 +15,7 @@ from megatron_tw.evaluation.position import mean_nll, nll_by_position, position_
 from megatron_tw.evaluation.run import nll_of_rows
 from megatron_tw.parallel.devices import Device
 from megatron_tw.parallel.layout import Layout
+from megatron_tw.training.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class Validation:
 
     @staticmethod
     def create(
-        config: RunConfig, rows: TokenRows | None, *, old_context: int, layout: Layout, device: Device
+        config: RunConfig, settings: Settings, rows: TokenRows | None, *, layout: Layout, device: Device
     ) -> "Validation | None":
         """What --eval-interval, --eval-iters and --valid-data-path ask for; None without them."""
         train = config.train
@@ -39,14 +40,13 @@ class Validation:
             return None
         num_rows = len(rows)
         if train.eval_iters is not None:
-            batch = train.global_batch_size or train.micro_batch_size * layout.dp_size
-            num_rows = min(num_rows, train.eval_iters * batch)
+            num_rows = min(num_rows, train.eval_iters * settings.global_batch_size)
         return Validation(
             rows=rows,
             num_rows=num_rows,
             interval=train.eval_interval,
             micro_batch_size=train.micro_batch_size,
-            edges=position_edges(config.data.seq_length, old_context=old_context),
+            edges=position_edges(config.data.seq_length, old_context=settings.old_context),
             layout=layout,
             device=device,
         )

@@ -45,9 +45,9 @@ from megatron_tw.config import (
     ModelConfig,
     OptimizationConfig,
     RunConfig,
-    ScorerConfig,
     TrainConfig,
     WeightingOptions,
+    WindowsConfig,
 )
 
 SCHEMES = ("uniform", "dense", "sparse", "longce", "exact")
@@ -204,7 +204,7 @@ def _options(task: Task) -> RunConfig:
             lr_warmup_iters=min(s.warmup, task.iters - 1),
         ),
         weighting=weighting,
-        scorer=ScorerConfig() if is_base else ScorerConfig(short_window=s.context, scoring_micro_batch=16),
+        windows=WindowsConfig() if is_base else WindowsConfig(short_window=s.context, scoring_micro_batch=16),
         checkpoint=CheckpointConfig(),
     )
 
@@ -275,7 +275,7 @@ class Meter:
         rows_RN, long = torch.from_numpy(self.long.ids).to(step.device.device), torch.from_numpy(long_RT)
         short = None
         if step.scorer is not None:
-            short = step.scorer.complete(step.scorer.score(rows_RN, torch.arange(len(rows_RN))).cpu(), long)
+            short = step.scorer.complete(step.scorer.short_nll(rows_RN, torch.arange(len(rows_RN))).cpu(), long)
         return token_weights(long, short, step.schedule.at(self.run.iteration)).numpy()
 
 

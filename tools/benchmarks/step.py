@@ -37,13 +37,14 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_tw.config import (
+    ComputeConfig,
     DataConfig,
     ModelConfig,
     ParallelConfig,
     RunConfig,
-    ScorerConfig,
     TrainConfig,
     WeightingOptions,
+    WindowsConfig,
 )
 from megatron_tw.parallel.devices import prepare_device, synchronize
 
@@ -146,7 +147,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any] | None:
         run = Run.start(config, inputs, make_layout(config.parallel), device)
         assert run.step.scorer is not None
         run.step.optimizer.step = watch.timed("optimizer", run.step.optimizer.step)
-        run.step.scorer.score = watch.timed("scoring", run.step.scorer.score)  # type: ignore[method-assign]
+        run.step.scorer.short_nll = watch.timed("scoring", run.step.scorer.short_nll)  # type: ignore[method-assign]
         seconds, parts = _take_steps(run, watch, options.repetitions)
         if not run.layout.reports:
             return None
@@ -229,11 +230,12 @@ def _ffn_size(options: argparse.Namespace) -> int:
 def _config(options: argparse.Namespace, folder: Path, world_size: int) -> RunConfig:
     return RunConfig(
         parallel=ParallelConfig(tensor_model_parallel_size=world_size),
-        model=ModelConfig(load_hf=str(folder / "model"), bf16=options.bf16),
+        model=ModelConfig(load_hf=str(folder / "model")),
+        compute=ComputeConfig(bf16=options.bf16),
         data=DataConfig(data_path=str(folder / "rows"), seq_length=options.seq_length, bos_id=BOS),
         train=TrainConfig(train_iters=10**6, micro_batch_size=1, global_batch_size=options.micro_batches),
         weighting=SCHEMES["sparse"],  # decides that there is a scorer
-        scorer=ScorerConfig(short_window=options.short_window),
+        windows=WindowsConfig(short_window=options.short_window),
     )
 
 

@@ -1,6 +1,6 @@
 """Scoring rows with a frozen model under any layout: short NLLs of a whole dataset, once, onto disk.
 
-    plan -> parts that are missing, dealt to the data-parallel replicas -> short-window forward -> part files -> scores
+    plan -> parts that are missing, dealt to the data-parallel replicas -> short-window forward -> part files -> folder
 
 Rows go through the same short-window forward as in training, window 0 included. What a part holds depends on the plan
 and on the model-parallel layout, not on the number of replicas.
@@ -16,19 +16,17 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_tw.config import check_model, check_parallel, check_windows, virtual_pipeline_size
-from megatron_tw.config.scoring import ScoringConfig
+from megatron_tw.config.scoring import ScoringConfig, check_scoring
 from megatron_tw.data.rows import TokenRows
 from megatron_tw.data.score_parts import ScoreParts, rows_per_part
 from megatron_tw.data.scores import ScoresHeader
 from megatron_tw.data.vocabulary import check_scorer_vocabulary
 from megatron_tw.model.architecture import Architecture
-from megatron_tw.model.build import build_model
-from megatron_tw.model.forward import ShortWindowScorer
+from megatron_tw.model.forward import ShortWindowForward
 from megatron_tw.model.gpt import TokenWeightedGPT
 from megatron_tw.model.huggingface import SafetensorsFolder, expected_tensors
-from megatron_tw.parallel.devices import prepare_device
-from megatron_tw.parallel.layout import Layout, make_layout, start_process_group
+from megatron_tw.parallel.layout import Layout
+from megatron_tw.runtime.opening import join_world, open_model
 from megatron_tw.runtime.source import open_source, row_bos_id
 
 HASHED_AT_ONCE = 1 << 26
@@ -37,7 +35,7 @@ HASHED_AT_ONCE = 1 << 26
 
 def score_tokens(config: ScoringConfig) -> Path:
     """Score all rows of --data-path with the model of --load-hf, going on where an earlier run stopped, and return the
-    folder of the scores, which is there when rank 0 returns. Does nothing if they are finished.
+    folder of their short NLLs, which is there when rank 0 returns. Does nothing if it is finished.
 
     Called on every rank of the launcher's world; the output is on storage that all ranks share.
 
@@ -45,28 +43,23 @@ def score_tokens(config: ScoringConfig) -> Path:
         ValueError: an option or file that does not fit, before anything is allocated; or an NLL that is NaN or
             infinite, named.
     """
-    device = prepare_device()
-    start_process_group(device, config.parallel.distributed_timeout_minutes)
-    options, windows = config.scoring, config.scoring.windows
-    check_parallel(config.parallel, dist.get_world_size())
-    check_model(config.model, config.parallel)
-    if config.model.load_hf is None:
-        raise ValueError("--load-hf: expected the Hugging Face folder of the scorer, got none")
+    device = join_world(config.parallel)
+    check_scoring(config, dist.get_world_size())
+    options, folder = config.scoring, config.scorer_folder
     rows = TokenRows(options.data_path)
     seq_length = rows.header.seq_length
-    check_windows(windows, seq_length)
-    source = open_source(load=None, load_hf=config.model.load_hf, rotary_base=config.model.rotary_base)
-    assert source.load_hf is not None
+    windows = config.windows_of(seq_length)
+    source = open_source(config.model, load=None)
     architecture = source.architecture
-    check_scorer_vocabulary(rows, source.load_hf, architecture.vocab_size)
+    check_scorer_vocabulary(rows, folder, architecture.vocab_size)
     bos_id = row_bos_id(options.bos_id, rows, architecture)
     header = ScoresHeader(
         scorer=source.name,
-        scorer_weights=weights_fingerprint(source.load_hf, architecture),
+        scorer_weights=weights_fingerprint(folder, architecture),
         scorer_shape=_shape(architecture),
         scorer_rope=architecture.rope,
-        short_window=options.short_window,
-        short_stride=windows.stride(seq_length),
+        short_window=windows.tokens,
+        short_stride=windows.stride,
         bos_id=bos_id,
         seq_length=seq_length,
         rows=len(rows),
@@ -84,22 +77,18 @@ def score_tokens(config: ScoringConfig) -> Path:
             parts.discard()
         return parts.output
 
-    layout = make_layout(
-        config.parallel, num_model_chunks=virtual_pipeline_size(config.parallel, architecture.num_layers)
-    )
-    chunks = build_model(architecture, config.parallel, config.model, layout, device)
-    source.fill(chunks, layout)
-    scorer = ShortWindowScorer.create(
+    layout, chunks = open_model(source, config.parallel, config.compute, device)
+    forward = ShortWindowForward.create(
         seq_length,
-        options.short_window,
-        header.short_stride,
+        windows.tokens,
+        windows.stride,
         include_first=True,
         bos_id=bos_id,
         layout=layout,
         sequence_parallel=config.parallel.uses_sequence_parallel,
-        scoring_micro_batch=options.scoring_micro_batch,
+        scoring_micro_batch=windows.micro_batch,
     )
-    _score_parts(parts, rows, chunks, scorer, layout, rows_at_once, device.device)
+    _score_parts(parts, rows, chunks, forward, layout, rows_at_once, device.device)
     dist.barrier()  # all parts are there
     if layout.rank == 0:
         parts.complete(rows)  # the others do not wait: with many rows this takes longer than a collective may
@@ -110,7 +99,7 @@ def _score_parts(
     parts: ScoreParts,
     rows: TokenRows,
     chunks: list[TokenWeightedGPT],
-    scorer: ShortWindowScorer,
+    forward: ShortWindowForward,
     layout: Layout,
     rows_at_once: int,
     device: torch.device,
@@ -128,7 +117,7 @@ def _score_parts(
             for start in range(first, last, rows_at_once):
                 index = range(start, min(start + rows_at_once, last))
                 tokens_RN = torch.from_numpy(np.stack([rows[row] for row in index])).to(device)
-                short_RT = scorer.nll(chunks, tokens_RN)
+                short_RT = forward.short_nll(chunks, tokens_RN)
                 if short_RT is not None:
                     _check_finite(short_RT, index)
                     nlls.append(short_RT.cpu())
@@ -199,7 +188,7 @@ def _shape(architecture: Architecture) -> dict[str, int | float | bool | None]:
 
 def _computation(config: ScoringConfig, device: str) -> dict[str, int | str | bool | None]:
     """What decides the order in which floats are added up."""
-    parallel, model = config.parallel, config.model
+    parallel, compute = config.parallel, config.compute
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
@@ -207,9 +196,9 @@ def _computation(config: ScoringConfig, device: str) -> dict[str, int | str | bo
         "context_parallel_size": parallel.context_parallel_size,
         "sequence_parallel": parallel.uses_sequence_parallel,
         "cp_comm_type": parallel.cp_comm_type,
-        "bf16": model.bf16,
-        "transformer_impl": model.transformer_impl,
-        "loss_chunk_tokens": model.loss_chunk_tokens,
-        "scoring_micro_batch": config.scoring.scoring_micro_batch,
+        "bf16": compute.bf16,
+        "transformer_impl": compute.transformer_impl,
+        "loss_chunk_tokens": compute.loss_chunk_tokens,
+        "scoring_micro_batch": config.windows.scoring_micro_batch,
         "device": device,
     }

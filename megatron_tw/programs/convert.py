@@ -1,17 +1,15 @@
 """A run's checkpoint to a Hugging Face folder, and the other way."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from megatron_tw.config import check_parallel, virtual_pipeline_size
-from megatron_tw.config.conversion import ConversionConfig
-from megatron_tw.model.build import build_model, check_export_target, save_hf
-from megatron_tw.parallel.devices import prepare_device
-from megatron_tw.parallel.layout import make_layout, start_process_group
+from megatron_tw.config import ComputeConfig
+from megatron_tw.config.conversion import ConversionConfig, check_conversion
+from megatron_tw.model.build import check_export_target, save_hf
 from megatron_tw.runtime.checkpoint import RunState, check_save_target, save_checkpoint
+from megatron_tw.runtime.opening import join_world, open_model
 from megatron_tw.runtime.source import open_source
 
 
@@ -23,25 +21,16 @@ def convert(config: ConversionConfig) -> str:
     Raises:
         ValueError: the options do not name one source and one target, or they do not fit.
     """
+    device = join_world(config.parallel)
+    check_conversion(config, dist.get_world_size())
     options = config.conversion
-    directions = (options.load, options.save_hf), (config.model.load_hf, options.save)
-    given = [pair for pair in directions if all(pair)]
-    if len(given) != 1 or sum(value is not None for pair in directions for value in pair) != 2:
-        raise ValueError("expected --load with --save-hf, or --load-hf with --save, and nothing of the other pair")
-    device = prepare_device()
-    start_process_group(device, config.parallel.distributed_timeout_minutes)
-    check_parallel(config.parallel, dist.get_world_size())
     if options.save_hf is not None:
         check_export_target(Path(options.save_hf))
     check_save_target(options.save, None)
-    source = open_source(load=options.load, load_hf=config.model.load_hf, rotary_base=config.model.rotary_base)
+    source = open_source(config.model, load=options.load)
     architecture = source.architecture
-    layout = make_layout(
-        config.parallel, num_model_chunks=virtual_pipeline_size(config.parallel, architecture.num_layers)
-    )
-    model = replace(config.model, bf16=architecture.dtype == torch.bfloat16)
-    chunks = build_model(architecture, config.parallel, model, layout, device)
-    source.fill(chunks, layout)
+    compute = ComputeConfig(bf16=architecture.dtype == torch.bfloat16)
+    layout, chunks = open_model(source, config.layout, compute, device)
     length = options.seq_length or architecture.max_position_embeddings
     if options.save_hf is not None:
         save_hf(
