@@ -188,7 +188,7 @@ def test_going_on_otherwise_is_refused(ranks, other_scorer, data, tmp_path):
             config(Axes(), data, output, short_window=32, short_stride=20),
             "--short-window: scored with 64, now 32; --sh",
         ),
-        (config(Axes(), data, output, bos_id=2), "--bos-id: scored with 1, now 2"),
+        (config(Axes(), data, output, bos_id=2), "--bos-id: expected 1, the BOS of the rows"),
         (config(Axes(), other_data, output), "dataset"),
         (config(Axes(), data, output, scoring_micro_batch=2), "--scoring-micro-batch: scored with None, now 2"),
     ]
