@@ -50,7 +50,12 @@ def evaluate(config: EvaluationConfig) -> EvaluationResult | None:
             raise ValueError(f"{flag(name)}: expected 1 or more, got {value}")
     if options.key_tokens is not None:
         EvaluationResult.load(options.key_tokens)
-    source = open_source(load=options.load, load_hf=config.model.load_hf, rotary_base=config.model.rotary_base)
+    source = open_source(
+        load=options.load,
+        load_hf=config.model.load_hf,
+        rotary_base=config.model.rotary_base,
+        verify=options.verify_checkpoint,
+    )
     if options.load is not None and source.saved is None:
         raise ValueError(f"--load {options.load}: holds no checkpoint")
     architecture = source.architecture

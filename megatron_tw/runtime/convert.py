@@ -11,7 +11,9 @@ from megatron_tw.config.conversion import ConversionConfig
 from megatron_tw.model.build import build_model, check_export_target, save_hf
 from megatron_tw.parallel.devices import prepare_device
 from megatron_tw.parallel.layout import make_layout, start_process_group
-from megatron_tw.runtime.checkpoint import RunState, check_save_target, save_checkpoint
+from megatron_tw.runtime.checkpoint import save_checkpoint
+from megatron_tw.runtime.outputs import hold_export, hold_run
+from megatron_tw.runtime.run_folder import RunState, check_save_target
 from megatron_tw.runtime.source import open_source
 
 
@@ -34,31 +36,44 @@ def convert(config: ConversionConfig) -> str:
     if options.save_hf is not None:
         check_export_target(Path(options.save_hf))
     check_save_target(options.save, None)
-    source = open_source(load=options.load, load_hf=config.model.load_hf, rotary_base=config.model.rotary_base)
+    source = open_source(
+        load=options.load,
+        load_hf=config.model.load_hf,
+        rotary_base=config.model.rotary_base,
+        verify=options.verify_checkpoint,
+    )
     architecture = source.architecture
-    layout = make_layout(
-        config.parallel, num_model_chunks=virtual_pipeline_size(config.parallel, architecture.num_layers)
-    )
     model = replace(config.model, bf16=architecture.dtype == torch.bfloat16)
-    chunks = build_model(architecture, config.parallel, model, layout, device)
-    source.fill(chunks, layout)
     length = options.seq_length or architecture.max_position_embeddings
-    if options.save_hf is not None:
-        save_hf(
-            chunks,
-            options.save_hf,
-            architecture,
-            layout,
-            max_position_embeddings=length,
-            tokenizer_dir=source.tokenizer_dir,
+    with (
+        hold_run(options.save, architecture, architecture.dtype, optimizer=False) as lock,
+        hold_export(options.save_hf, architecture, architecture.dtype) as export_lock,
+    ):
+        layout = make_layout(
+            config.parallel, num_model_chunks=virtual_pipeline_size(config.parallel, architecture.num_layers)
         )
-        return options.save_hf
-    assert options.save is not None
-    state = RunState(
-        iteration=0,
-        consumed_samples=0,
-        seq_length=length,
-        old_context=architecture.max_position_embeddings,
-        loader={},
-    )
-    return str(save_checkpoint(options.save, chunks, state, layout, tokenizer_dir=source.tokenizer_dir))
+        chunks = build_model(architecture, config.parallel, model, layout, device)
+        source.fill(chunks, layout)
+        if options.save_hf is not None:
+            try:
+                save_hf(
+                    chunks,
+                    options.save_hf,
+                    architecture,
+                    layout,
+                    max_position_embeddings=length,
+                    tokenizer_dir=source.tokenizer_dir,
+                    still_ours=export_lock.check if export_lock is not None else None,
+                )
+            except OSError as error:
+                raise OSError(f"--save-hf {options.save_hf}: could not be written: {error}") from error
+            return options.save_hf
+        assert options.save is not None
+        state = RunState(
+            iteration=0,
+            consumed_samples=0,
+            seq_length=length,
+            old_context=architecture.max_position_embeddings,
+            loader={},
+        )
+        return str(save_checkpoint(options.save, chunks, state, layout, lock=lock, tokenizer_dir=source.tokenizer_dir))

@@ -29,6 +29,7 @@ from megatron_tw.model.gpt import TokenWeightedGPT
 from megatron_tw.model.huggingface import SafetensorsFolder, expected_tensors
 from megatron_tw.parallel.devices import prepare_device
 from megatron_tw.parallel.layout import Layout, make_layout, start_process_group
+from megatron_tw.runtime.lock import hold_folder
 from megatron_tw.runtime.source import open_source, row_bos_id
 
 HASHED_AT_ONCE = 1 << 26
@@ -84,25 +85,29 @@ def score_tokens(config: ScoringConfig) -> Path:
             parts.discard()
         return parts.output
 
-    layout = make_layout(
-        config.parallel, num_model_chunks=virtual_pipeline_size(config.parallel, architecture.num_layers)
-    )
-    chunks = build_model(architecture, config.parallel, config.model, layout, device)
-    source.fill(chunks, layout)
-    scorer = ShortWindowScorer.create(
-        seq_length,
-        options.short_window,
-        header.short_stride,
-        include_first=True,
-        bos_id=bos_id,
-        layout=layout,
-        sequence_parallel=config.parallel.uses_sequence_parallel,
-        scoring_micro_batch=options.scoring_micro_batch,
-    )
-    _score_parts(parts, rows, chunks, scorer, layout, rows_at_once, device.device)
-    dist.barrier()  # all parts are there
-    if layout.rank == 0:
-        parts.complete(rows)  # the others do not wait: with many rows this takes longer than a collective may
+    with hold_folder(parts.folder, f"--output {options.output}") as lock:
+        if parts.check():  # another run ended while this one waited for the folder
+            return parts.output
+        layout = make_layout(
+            config.parallel, num_model_chunks=virtual_pipeline_size(config.parallel, architecture.num_layers)
+        )
+        chunks = build_model(architecture, config.parallel, config.model, layout, device)
+        source.fill(chunks, layout)
+        scorer = ShortWindowScorer.create(
+            seq_length,
+            options.short_window,
+            header.short_stride,
+            include_first=True,
+            bos_id=bos_id,
+            layout=layout,
+            sequence_parallel=config.parallel.uses_sequence_parallel,
+            scoring_micro_batch=options.scoring_micro_batch,
+        )
+        _score_parts(parts, rows, chunks, scorer, layout, rows_at_once, device.device)
+        dist.barrier()  # all parts are there
+        if lock is not None:  # rank 0; the others do not wait: with many rows this takes longer than a collective may
+            lock.check()
+            parts.complete(rows)
     return parts.output
 
 

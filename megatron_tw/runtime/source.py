@@ -12,7 +12,9 @@ from megatron_tw.model.architecture import Architecture, read_architecture
 from megatron_tw.model.build import load_hf
 from megatron_tw.model.gpt import TokenWeightedGPT
 from megatron_tw.parallel.layout import Layout
-from megatron_tw.runtime.checkpoint import HasState, SavedCheckpoint, check_same_model, find_checkpoint, load_checkpoint
+from megatron_tw.runtime.checkpoint import HasState, load_checkpoint
+from megatron_tw.runtime.intact import open_checkpoint
+from megatron_tw.runtime.run_folder import SavedCheckpoint, check_same_model
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,18 @@ class ModelSource:
             load_hf(chunks, self.load_hf, self.architecture, layout)
 
 
-def open_source(*, load: str | None, load_hf: str | None, rotary_base: float | None = None) -> ModelSource:
-    """Find the model and read its architecture; no weights yet.
+def open_source(
+    *, load: str | None, load_hf: str | None, rotary_base: float | None = None, verify: bool = True
+) -> ModelSource:
+    """Find the model and read its architecture; no weights yet. Collective over the world.
 
-    rotary_base: new base of the rotary embedding, None keeps the source's.
+    rotary_base: new base of the rotary embedding, None keeps the source's. verify: compare a checkpoint's files with
+    their checksums.
 
     Raises:
-        ValueError: neither option names a model, or the checkpoint is of another model than the folder.
+        ValueError: neither option names a model, the checkpoint is damaged, or of another model than the folder.
     """
-    saved = find_checkpoint(load) if load is not None else None
+    saved = open_checkpoint(load, verify=verify) if load is not None else None
     if load_hf is not None:
         try:
             architecture = read_architecture(load_hf)

@@ -12,7 +12,7 @@ from megatron_tw.data.vocabulary import check_model_vocabulary
 from megatron_tw.model.architecture import Architecture
 from megatron_tw.model.build import check_export_target
 from megatron_tw.parallel.layout import Layout
-from megatron_tw.runtime.checkpoint import check_save_target
+from megatron_tw.runtime.run_folder import check_save_target, find_checkpoint
 from megatron_tw.runtime.source import ModelSource, open_source, row_bos_id
 from megatron_tw.training.scorers import open_live_scorer, open_scores
 from megatron_tw.weighting.options import check_tail, schedule_from_options
@@ -45,7 +45,10 @@ def open_inputs(config: RunConfig) -> Inputs:
     if config.checkpoint.save_hf is not None:
         check_export_target(Path(config.checkpoint.save_hf))
     source = open_source(
-        load=config.checkpoint.load, load_hf=config.model.load_hf, rotary_base=config.model.rotary_base
+        load=config.checkpoint.load,
+        load_hf=config.model.load_hf,
+        rotary_base=config.model.rotary_base,
+        verify=config.checkpoint.verify_checkpoint,
     )
     rows = _open_rows("--data-path", config.data.data_path, config, source.architecture)
     row_bos_id(config.data.bos_id, rows, source.architecture)
@@ -73,6 +76,24 @@ def open_inputs(config: RunConfig) -> Inputs:
         valid_rows=valid_rows,
         tokenizer_dir=tokenizer_dir if tokenizer_dir.is_dir() else source.tokenizer_dir,
     )
+
+
+def outdated(inputs: Inputs, config: RunConfig) -> bool:
+    """Whether --load and the folders to be written are no longer what `open_inputs` found, as rank 0 sees it.
+    Collective over the world."""
+    answer = [False]
+    if dist.get_rank() == 0:
+        checkpoint, saved = config.checkpoint, inputs.source.saved
+        try:
+            check_save_target(checkpoint.save, checkpoint.load)
+            if checkpoint.save_hf is not None:
+                check_export_target(Path(checkpoint.save_hf))
+            now = find_checkpoint(checkpoint.load) if checkpoint.load is not None else None
+            answer = [(now and now.directory) != (saved and saved.directory)]
+        except ValueError:
+            answer = [True]
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]
 
 
 def resolve(config: RunConfig, inputs: Inputs, layout: Layout) -> RunConfig:
