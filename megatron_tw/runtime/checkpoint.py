@@ -32,6 +32,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tw.config import save_config
@@ -54,7 +55,7 @@ from megatron_tw.runtime.run_folder import (
 
 CONFIG_FILE = "config.yaml"
 logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
-"""What it logs it raises too, and that is told in one line."""
+"""What it logs it raises too."""
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
@@ -173,6 +174,7 @@ def load_checkpoint(
     if scorer is not None and saved.scorer_state:
         sharded |= scorer.sharded_state()
     with _no_warnings_of_torch(), _damage_named(saved.directory):
+        FileSystemReader(saved.directory).read_metadata()  # where this fails, torch prints a traceback and goes on
         state = dist_checkpointing.load(sharded, str(saved.directory))
     for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True):
         chunk.load_state_dict(state[key])
