@@ -1,6 +1,5 @@
 """Core attention under context parallelism without Transformer Engine, on CPU and GPU. S = this rank's tokens, N =
-all tokens,
-B = batch, H = query heads, G = key-value heads, D = head size.
+all tokens, B = batch, H = query heads, G = key-value heads, D = head size.
 
 Keys and values are gathered over the context-parallel group (differentiable: the backward pass reduce-scatters), and
 each of this rank's two zigzag chunks attends to the keys up to its own end, with PyTorch's
@@ -16,7 +15,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from megatron_tw.model.sequence import SequenceShard
 from megatron_tw.parallel.zigzag import unshard, zigzag_shard
@@ -75,7 +74,7 @@ class ContextParallelAttention(MegatronModule):
                         q_BHCD,
                         k_BGND[:, :, :seen],
                         v_BGND[:, :, :seen],
-                        attn_mask=causal_lower_right(chunk, seen),
+                        attn_mask=bottom_right_causal(chunk, seen),
                         scale=self.softmax_scale,
                         enable_gqa=grouped,
                     )
@@ -86,6 +85,16 @@ class ContextParallelAttention(MegatronModule):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """No parameters, nothing in a checkpoint."""
         return {}
+
+
+def bottom_right_causal(queries: int, keys: int) -> CausalBias:
+    """The bias of `torch.nn.attention.bias.causal_lower_right`: query i of the last `queries` positions sees keys up to
+    its own. That function hands its arguments on to `Tensor.__new__`, which takes them for a shape: an fp32 tensor
+    [2, queries, keys] on the host that nobody reads, 137 GB for a million tokens. This one holds no data.
+    """
+    bias = torch.Tensor._make_subclass(CausalBias, torch.empty(0))
+    CausalBias.__init__(bias, CausalVariant.LOWER_RIGHT, queries, keys)
+    return bias
 
 
 class _GatherKeysValues(torch.autograd.Function):
