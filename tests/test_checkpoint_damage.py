@@ -6,7 +6,7 @@ import os
 import resource
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -55,7 +55,7 @@ def empty(file: Path) -> None:
     os.truncate(file, 0)
 
 
-DAMAGE = [
+DAMAGE: list[tuple[str, Callable[[Path], None], str]] = [
     ("__0_1.distcp", flip, "is damaged: its content is not what was written"),
     ("__0_0.distcp", cut, "bytes were written"),
     ("__0_0.distcp", Path.unlink, "is missing"),

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -52,17 +52,24 @@ def straight(rows, ranks, tmp_path_factory) -> dict[int, Path]:
     return runs
 
 
+@dataclass
+class Job:
+    """A program that was started, and every process of it that was seen."""
+
+    process: subprocess.Popen[bytes]
+    family: list[psutil.Process]
+
+
 @contextlib.contextmanager
-def started(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
+def started(command: list[str], log: Path) -> Iterator[Job]:
     """A program, its output in a file. Nothing of it is left at the end."""
     with log.open("ab") as output:
         process = subprocess.Popen(command, env=environment(), stdout=output, stderr=output)
-    family = [psutil.Process(process.pid)]
+    job = Job(process, [psutil.Process(process.pid)])
     try:
-        process.family = family
-        yield process
+        yield job
     finally:
-        for member in [*family, *_descendants(family[0])]:
+        for member in [*job.family, *_descendants(job.family[0])]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
         process.wait()
@@ -85,7 +92,7 @@ def steps_of(run: Path) -> int:
     return file.read_text().count("\n") if file.is_file() else 0
 
 
-def holds(run: Path, launcher: subprocess.Popen) -> bool:
+def holds(run: Path, launcher: psutil.Process) -> bool:
     """Whether a rank of this launcher, and not of an earlier one, is at work in the folder."""
     try:
         holder = json.loads((run / LOCK_FILE).read_text())
@@ -101,16 +108,13 @@ def wait_for(what, log: Path) -> None:
         time.sleep(0.005)
 
 
-def kill(how: str, launcher: subprocess.Popen, chance: random.Random) -> None:
-    family = psutil.Process(launcher.pid)
-    ranks = [child for child in family.children() if "train.py" in " ".join(child.cmdline())]
-    launcher.family.extend(family.children(recursive=True))
-    if how == "job":
-        for process in (family, *launcher.family):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-    else:
-        (launcher if how == "launcher" else chance.choice(ranks)).kill()
+def kill(how: str, job: Job, chance: random.Random) -> None:
+    launcher = job.family[0]
+    ranks = [child for child in launcher.children() if "train.py" in " ".join(child.cmdline())]
+    job.family.extend(launcher.children(recursive=True))
+    for process in {"job": job.family, "rank": [chance.choice(ranks)], "launcher": [launcher]}[how]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @pytest.mark.parametrize(
@@ -126,15 +130,15 @@ def test_kills_at_random_moments_leave_the_run_as_it_is(kills, straight, rows, t
     steps = sorted(chance.choices(range(1, STEPS - 1), k=len(kills)))
     with contextlib.ExitStack() as processes:
         for how, step in zip(chance.sample(kills, len(kills)), steps, strict=True):
-            launcher = processes.enter_context(started(torchrun(rows, run), log))
-            wait_for(lambda: holds(run, launcher) and steps_of(run) >= step, log)  # noqa: B023
+            job = processes.enter_context(started(torchrun(rows, run), log))
+            wait_for(lambda: holds(run, job.family[0]) and steps_of(run) >= step, log)  # noqa: B023
             time.sleep(chance.uniform(0, 0.4))
             print("killed", how, "after step", steps_of(run))
-            kill(how, launcher, chance)
+            kill(how, job, chance)
             if how != "launcher":  # else its ranks may still be there when the next run comes
-                launcher.wait(SECONDS)
+                job.process.wait(SECONDS)
         last = processes.enter_context(started(torchrun(rows, run), log))
-        assert last.wait(SECONDS) == 0, log.read_text()
+        assert last.process.wait(SECONDS) == 0, log.read_text()
     same_run(run, straight[2])
     assert "differs" not in log.read_text()
     assert "Warning" not in log.read_text()
@@ -163,19 +167,19 @@ def test_a_run_that_comes_back_does_not_write_into_what_another_has_taken(straig
     """A run is suspended, given up by one that thinks it is on another machine, and goes on when that one has ended."""
     run, log = tmp_path / "run", tmp_path / "log"
     command = [sys.executable, str(ROOT / "tools" / "train.py"), *arguments(rows, run)]
-    with started(command, log) as process:
+    with started(command, log) as job:
         wait_for(lambda: steps_of(run) >= SAVE_INTERVAL + 1, log)
-        process.send_signal(signal.SIGSTOP)
+        job.process.send_signal(signal.SIGSTOP)
         for folder in (run, Path(f"{run}-hf.partial")):
             file = folder / LOCK_FILE
             holder = Holder(**json.loads(file.read_text()))
             file.write_text(json.dumps(asdict(holder) | {"machine": "another"}))
         assert ranks(1).run(run_tool_impatiently, "train", arguments(rows, run)) == [(0, "")]
         before = files_of(tmp_path)
-        process.send_signal(signal.SIGCONT)
+        job.process.send_signal(signal.SIGCONT)
         time.sleep(1)
-        process.wait(SECONDS)
-        assert process.returncode not in (0, None), log.read_text()
+        job.process.wait(SECONDS)
+        assert job.process.returncode not in (0, None), log.read_text()
     after = files_of(tmp_path)
     assert after.keys() == before.keys()
     assert {path for path in before if after[path] != before[path]} <= {log, *run.glob("tensorboard/*")}

@@ -147,18 +147,24 @@ def test_a_run_that_was_given_up_finds_out_before_it_writes(tmp_path):
     assert token_in(tmp_path) == other.token  # not its to remove
 
 
-def test_it_gives_signs_of_life_and_a_lock_that_somebody_removed_comes_back(tmp_path):
-    lock = lock_of(tmp_path)
+def test_it_gives_signs_of_life_until_its_file_is_gone(tmp_path):
+    """The run that took the folder has ended too."""
+    told: list[str] = []
+    lock = lock_of(tmp_path, on_lost=told.append)
     lock.acquire()
     before = (tmp_path / LOCK_FILE).stat().st_mtime_ns
     time.sleep(6 * BEAT)
     assert (tmp_path / LOCK_FILE).stat().st_mtime_ns > before
+    assert not told
     (tmp_path / LOCK_FILE).unlink()
+    with pytest.raises(ValueError, match=r"run\.lock is gone"):
+        lock.check()
     deadline = time.monotonic() + 5
-    while not (tmp_path / LOCK_FILE).exists() and time.monotonic() < deadline:
+    while not told and time.monotonic() < deadline:
         time.sleep(BEAT)
-    assert token_in(tmp_path) == lock.holder.token
+    assert "is gone" in told[0]
     lock.release()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path):

@@ -97,7 +97,8 @@ class ScoreParts:
         _write_bytes(self._file(part), nll_RT.astype("<f4").tobytes())
 
     def complete(self, rows: TokenRows) -> None:
-        """Put the parts together and give the scores their place. One process does this, when no part is missing."""
+        """Put the parts together and give the scores their place; `discard` removes the parts. One process does this,
+        when no part is missing."""
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
         assert not self.missing()
@@ -122,7 +123,6 @@ class ScoreParts:
         for file in folder.iterdir():
             _sync(file)
         folder.rename(self.output)  # replaces an empty folder, and nothing else
-        self.discard()
 
     def discard(self) -> None:
         """Remove the parts, if there are any. One process does this."""

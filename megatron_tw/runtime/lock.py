@@ -13,7 +13,8 @@ No clocks are compared, because those of two hosts, or of a host and its storage
 own clock that the file stays as it is. Time in which the storage itself hangs does not count.
 
 A run that was given up for dead may come back (a suspended machine, a storage that answers again). It finds another
-token in the file and ends before it writes again: `check` before whatever counts, and the thread that touches the file.
+token in the file, or no file where the other run has ended too, and ends before it writes again: `check` before
+whatever counts, and the thread that touches the file.
 """
 
 import contextlib
@@ -133,11 +134,10 @@ class FolderLock:
         """Ask the file, before something is written that counts.
 
         Raises:
-            ValueError: another run has taken the folder.
+            ValueError: another run has taken the folder, or somebody has removed the file.
         """
-        found = self._read()
-        if found is not None and found[1] is not None and found[1].token != self.holder.token:
-            raise ValueError(self._lost_text(found[1]))
+        if lost := self._lost():
+            raise ValueError(lost)
 
     def release(self) -> None:
         """Give the folder back, and remove it where it was made here and nothing is in it."""
@@ -224,19 +224,22 @@ class FolderLock:
     def _beat(self) -> None:
         while not self._released.wait(self._beat_seconds):
             try:
-                found = self._read()
-                if found is None:  # somebody removed the file: ours again, unless another run was faster
-                    self._create()
-                elif found[1] is not None and found[1].token != self.holder.token:
-                    self._on_lost(self._lost_text(found[1]))
+                if lost := self._lost():
+                    self._on_lost(lost)
                     return
-                else:
-                    os.utime(self.path)
+                os.utime(self.path)
             except OSError:  # storage that does not answer now may answer at the next beat
                 continue
 
-    def _lost_text(self, holder: Holder) -> str:
-        return f"{self.what}: taken over by another run, {holder}; this one ends and writes nothing more"
+    def _lost(self) -> str | None:
+        """How the folder was lost, in words; None while it is ours. A file that is gone was another run's, which has
+        ended."""
+        found = self._read()
+        if found is None:
+            return f"{self.what}: {self.path.name} is gone, so another run had the folder; this one writes nothing more"
+        if found[1] is not None and found[1].token != self.holder.token:
+            return f"{self.what}: taken over by another run, {found[1]}; this one writes nothing more"
+        return None
 
 
 @contextmanager

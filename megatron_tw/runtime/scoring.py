@@ -108,6 +108,8 @@ def score_tokens(config: ScoringConfig) -> Path:
         if lock is not None:  # rank 0; the others do not wait: with many rows this takes longer than a collective may
             lock.check()
             parts.complete(rows)
+    if dist.get_rank() == 0:
+        parts.discard()  # and the folder of the lock with them
     return parts.output
 
 
