@@ -13,6 +13,8 @@ class ConversionOptions:
 
     load: str | None = None
     """Folder of a run, whose newest checkpoint is exported."""
+    verify_checkpoint: bool = True
+    """Compare the files of a checkpoint with their checksums before it is read."""
     save_hf: str | None = None
     """New folder in Hugging Face format."""
     save: str | None = None

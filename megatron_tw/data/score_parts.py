@@ -124,7 +124,8 @@ class ScoreParts:
         )
 
     def complete(self, rows: TokenRows) -> None:
-        """Put the parts together and give the scores their place. One process does this, when no part is missing."""
+        """Put the parts together and give the scores their place; `discard` removes the parts. One process does this,
+        when no part is missing."""
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
         assert not self.missing()
@@ -155,7 +156,6 @@ class ScoreParts:
         for file in folder.iterdir():
             _sync(file)
         folder.rename(self.output)  # replaces an empty folder, and nothing else
-        self.discard()
 
     def discard(self) -> None:
         """Remove the parts, if there are any. One process does this."""

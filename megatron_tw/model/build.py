@@ -1,12 +1,15 @@
 """From a run's configuration to this rank's model chunks, and between those and a Hugging Face folder."""
 
+import contextlib
 import json
 import shutil
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -14,6 +17,7 @@ from megatron_tw.config import ActivationConfig, ComputeConfig, ParallelConfig
 from megatron_tw.model.architecture import Architecture, export_hf_config, megatron_vocab_size, transformer_config
 from megatron_tw.model.gpt import TokenWeightedGPT, layer_spec, transformer_engine_available
 from megatron_tw.model.huggingface import SafetensorsFolder, TensorParallel, export_parameter, import_parameter
+from megatron_tw.parallel.agree import raise_together
 from megatron_tw.parallel.devices import Device
 from megatron_tw.parallel.layout import Layout
 
@@ -96,40 +100,88 @@ def save_hf(
     *,
     max_position_embeddings: int,
     tokenizer_dir: str | Path | None = None,
+    still_ours: Callable[[], None] | None = None,
 ) -> None:
     """Write the model as a Hugging Face folder: safetensors, config.json with its rotary base and length, tokenizer
     files.
 
-    Collective over the world; `directory` must be on storage that all ranks share. Written beside it first and
-    renamed when complete, so an interrupted export leaves nothing half-written.
+    Collective over the world; `directory` must be on storage that all ranks share. Written beside it first, in a folder
+    of this export's own, and renamed when complete, so an interrupted export leaves nothing half-written.
+
+    still_ours: called on rank 0 before the folder gets its name; may raise.
 
     Raises:
         ValueError: `directory` exists and is not empty.
+        OSError: it could not be written, on every rank; nothing of it is left.
     """
     target = Path(directory)
     check_export_target(target)
-    partial = target.with_name(target.name + ".partial")
+    names = [uuid.uuid4().hex[:8]]
+    dist.broadcast_object_list(names, src=0)
+    partial = export_workplace(target) / names[0]
+    try:
+        _write_folder(chunks, partial, architecture, layout, max_position_embeddings, tokenizer_dir)
+        error: OSError | ValueError | None = None
+        if layout.rank == 0:
+            try:
+                if still_ours is not None:
+                    still_ours()
+                if target.exists():
+                    target.rmdir()
+                partial.rename(target)
+            except (OSError, ValueError) as failed:
+                error = failed
+        raise_together(error)
+    finally:
+        if layout.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(OSError):  # holds something else
+                partial.parent.rmdir()
+
+
+def export_workplace(target: Path) -> Path:
+    """Where a Hugging Face folder lies while it is written."""
+    return target.with_name(target.name + ".partial")
+
+
+def _write_folder(
+    chunks: list[TokenWeightedGPT],
+    folder: Path,
+    architecture: Architecture,
+    layout: Layout,
+    max_position_embeddings: int,
+    tokenizer_dir: str | Path | None,
+) -> None:
+    """All files of an export. Collective over the world.
+
+    Raises:
+        OSError: on every rank, what one of them met.
+    """
+    error: OSError | None = None
     if layout.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
+        try:
+            folder.mkdir(parents=True)
+        except OSError as failed:
+            error = failed
+    raise_together(error)
     written: dict[str, list[str]] = {}
     if layout.dp_rank == 0 and layout.cp_rank == 0:
-        written = _write_shards(chunks, architecture, layout, partial)
+        written, error = _write_shards(chunks, architecture, layout, folder)
+    raise_together(error)
     everywhere: list[dict[str, list[str]] | None] = [None] * layout.world_size
     dist.all_gather_object(everywhere, written)
     if layout.rank == 0:
-        files = {file: names for part in everywhere if part for file, names in part.items()}
-        _number_files(files, partial)
-        dtype = next(chunks[0].parameters()).dtype
-        config = export_hf_config(architecture, max_position_embeddings=max_position_embeddings, dtype=dtype)
-        (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        if tokenizer_dir is not None:
-            copy_tokenizer(Path(tokenizer_dir), partial)
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    dist.barrier()
+        try:
+            files = {file: names for part in everywhere if part for file, names in part.items()}
+            _number_files(files, folder)
+            dtype = next(chunks[0].parameters()).dtype
+            config = export_hf_config(architecture, max_position_embeddings=max_position_embeddings, dtype=dtype)
+            (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            if tokenizer_dir is not None:
+                copy_tokenizer(Path(tokenizer_dir), folder)
+        except OSError as failed:
+            error = failed
+    raise_together(error)
 
 
 def check_export_target(target: Path, option: str = "--save-hf") -> None:
@@ -150,18 +202,24 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 def _write_shards(
     chunks: list[TokenWeightedGPT], architecture: Architecture, layout: Layout, folder: Path
-) -> dict[str, list[str]]:
+) -> tuple[dict[str, list[str]], OSError | None]:
     """This pipeline stage's tensors in files of up to MAX_SHARD_BYTES, written by tensor-parallel rank 0. Returns
-    file -> names."""
+    file -> names, and the first error: gathering goes on after it, because the other ranks take part."""
     pending: dict[str, Tensor] = {}
     written: dict[str, list[str]] = {}
+    failed: OSError | None = None
 
     def flush() -> None:
-        if pending:
-            file = f"stage-{layout.pp_rank:05d}-{len(written):05d}.safetensors"
-            save_file(pending, folder / file, metadata={"format": "pt"})
-            written[file] = list(pending)
-            pending.clear()
+        nonlocal failed
+        if pending and failed is None:
+            file = folder / f"stage-{layout.pp_rank:05d}-{len(written):05d}.safetensors"
+            try:
+                save_file(pending, file, metadata={"format": "pt"})
+                file.chmod(folder.stat().st_mode & 0o666)  # safetensors makes it for its owner alone
+            except (OSError, SafetensorError) as error:
+                failed = OSError(f"{file.name}: {error}")
+            written[file.name] = list(pending)
+        pending.clear()
 
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
@@ -173,7 +231,7 @@ def _write_shards(
                     flush()
                 pending[hf_name] = tensor.contiguous().cpu().clone()
     flush()
-    return written
+    return written, failed
 
 
 def _gather_shards(parameter: Tensor, layout: Layout) -> list[Tensor] | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_tw.config import ParallelConfig
 from megatron_tw.parallel.devices import Device
+from megatron_tw.parallel.launcher import end_with_launcher
 from megatron_tw.parallel.zigzag import unshard
 
 
@@ -67,6 +68,7 @@ def start_process_group(device: Device, timeout_minutes: int) -> None:
     """Join the launcher's world (torchrun's environment), or make a world of one. Does nothing in a world that
     exists."""
     global _started
+    end_with_launcher()
     if dist.is_initialized():
         return
     timeout = timedelta(minutes=timeout_minutes)

@@ -8,8 +8,10 @@ import torch.distributed as dist
 from megatron_tw.config import ComputeConfig
 from megatron_tw.config.conversion import ConversionConfig, check_conversion
 from megatron_tw.model.build import check_export_target, save_hf
-from megatron_tw.runtime.checkpoint import RunState, check_save_target, save_checkpoint
+from megatron_tw.runtime.checkpoint import save_checkpoint
 from megatron_tw.runtime.opening import join_world, open_model
+from megatron_tw.runtime.outputs import hold_export, hold_run
+from megatron_tw.runtime.run_folder import RunState, check_save_target
 from megatron_tw.runtime.source import open_source
 
 
@@ -27,27 +29,35 @@ def convert(config: ConversionConfig) -> str:
     if options.save_hf is not None:
         check_export_target(Path(options.save_hf))
     check_save_target(options.save, None)
-    source = open_source(config.model, load=options.load)
+    source = open_source(config.model, load=options.load, verify=options.verify_checkpoint)
     architecture = source.architecture
     compute = ComputeConfig(bf16=architecture.dtype == torch.bfloat16)
-    layout, chunks = open_model(source, config.layout, compute, device)
     length = options.seq_length or architecture.max_position_embeddings
-    if options.save_hf is not None:
-        save_hf(
-            chunks,
-            options.save_hf,
-            architecture,
-            layout,
-            max_position_embeddings=length,
-            tokenizer_dir=source.tokenizer_dir,
+    with (
+        hold_run(options.save, architecture, architecture.dtype, optimizer=False) as lock,
+        hold_export(options.save_hf, architecture, architecture.dtype) as export_lock,
+    ):
+        layout, chunks = open_model(source, config.layout, compute, device)
+        if options.save_hf is not None:
+            try:
+                save_hf(
+                    chunks,
+                    options.save_hf,
+                    architecture,
+                    layout,
+                    max_position_embeddings=length,
+                    tokenizer_dir=source.tokenizer_dir,
+                    still_ours=export_lock.check if export_lock is not None else None,
+                )
+            except OSError as error:
+                raise OSError(f"--save-hf {options.save_hf}: could not be written: {error}") from error
+            return options.save_hf
+        assert options.save is not None
+        state = RunState(
+            iteration=0,
+            consumed_samples=0,
+            seq_length=length,
+            old_context=architecture.max_position_embeddings,
+            loader={},
         )
-        return options.save_hf
-    assert options.save is not None
-    state = RunState(
-        iteration=0,
-        consumed_samples=0,
-        seq_length=length,
-        old_context=architecture.max_position_embeddings,
-        loader={},
-    )
-    return str(save_checkpoint(options.save, chunks, state, layout, tokenizer_dir=source.tokenizer_dir))
+        return str(save_checkpoint(options.save, chunks, state, layout, lock=lock, tokenizer_dir=source.tokenizer_dir))

@@ -26,6 +26,7 @@ from megatron_tw.model.forward import ShortWindowForward
 from megatron_tw.model.gpt import TokenWeightedGPT
 from megatron_tw.model.huggingface import SafetensorsFolder, expected_tensors
 from megatron_tw.parallel.layout import Layout
+from megatron_tw.runtime.lock import hold_folder
 from megatron_tw.runtime.opening import join_world, open_model
 from megatron_tw.runtime.source import open_source, row_bos_id
 
@@ -77,21 +78,27 @@ def score_tokens(config: ScoringConfig) -> Path:
             parts.discard()
         return parts.output
 
-    layout, chunks = open_model(source, config.parallel, config.compute, device)
-    forward = ShortWindowForward.create(
-        seq_length,
-        windows.tokens,
-        windows.stride,
-        include_first=True,
-        bos_id=bos_id,
-        layout=layout,
-        sequence_parallel=config.parallel.uses_sequence_parallel,
-        scoring_micro_batch=windows.micro_batch,
-    )
-    _score_parts(parts, rows, chunks, forward, layout, rows_at_once, device.device)
-    dist.barrier()  # all parts are there
-    if layout.rank == 0:
-        parts.complete(rows)  # the others do not wait: with many rows this takes longer than a collective may
+    with hold_folder(parts.folder, f"--output {options.output}") as lock:
+        if parts.check():  # another run ended while this one waited for the folder
+            return parts.output
+        layout, chunks = open_model(source, config.parallel, config.compute, device)
+        forward = ShortWindowForward.create(
+            seq_length,
+            windows.tokens,
+            windows.stride,
+            include_first=True,
+            bos_id=bos_id,
+            layout=layout,
+            sequence_parallel=config.parallel.uses_sequence_parallel,
+            scoring_micro_batch=windows.micro_batch,
+        )
+        _score_parts(parts, rows, chunks, forward, layout, rows_at_once, device.device)
+        dist.barrier()  # all parts are there
+        if lock is not None:  # rank 0; the others do not wait: with many rows this takes longer than a collective may
+            lock.check()
+            parts.complete(rows)
+    if dist.get_rank() == 0:
+        parts.discard()  # and the folder of the lock with them
     return parts.output
 
 

@@ -5,57 +5,63 @@
     SAVE/iter_0000030/run.json                versioned header: iteration, consumed samples, model, layout
     SAVE/iter_0000030/config.yaml             the resolved options
     SAVE/iter_0000030/tokenizer/              tokenizer files, for export
+    SAVE/iter_0000030/checksums.json          of all these files
 
-A checkpoint counts only once latest_checkpointed_iteration.txt names it, which is written last and by rename.
+    write iter_0000030.1a2b3c4d.partial -> checksums -> still our folder? -> rename -> name it in the tracker
+
+The number in the partial folder's name is the run's own, so a rank of a dead run that still writes never writes into
+what another run keeps; and a checkpoint is there complete or not at all.
 """
 
 import json
+import logging
 import os
+import pickle
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import uuid
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tw.config import save_config
-from megatron_tw.model.architecture import Architecture, export_hf_config, parse_architecture
+from megatron_tw.model.architecture import export_hf_config
 from megatron_tw.model.build import copy_tokenizer
 from megatron_tw.model.gpt import TokenWeightedGPT
-from megatron_tw.model.huggingface import expected_tensors
+from megatron_tw.parallel.agree import raise_together
 from megatron_tw.parallel.layout import Layout
+from megatron_tw.runtime.checksums import CHECKSUMS_FILE, checksums_text, hash_files
+from megatron_tw.runtime.lock import FolderLock
+from megatron_tw.runtime.run_folder import (
+    FORMAT_VERSION,
+    HEADER_FILE,
+    TRACKER,
+    RunState,
+    SavedCheckpoint,
+    checkpoint_dir,
+    complete_checkpoints,
+)
 
-FORMAT_VERSION = 1
-TRACKER = "latest_checkpointed_iteration.txt"
-HEADER_FILE, CONFIG_FILE = "run.json", "config.yaml"
+CONFIG_FILE = "config.yaml"
+logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
+"""What it logs it raises too."""
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
 }
 """Optimizer state in the shape of the parameters, so that another layout can read it; gathered on the host of one
 data-parallel rank, which needs 12 bytes for each parameter of its tensor- and pipeline-parallel shard."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunState:
-    """How far a run has come: what a resumed run needs besides weights and optimizer state.
-
-    loader: the data loader's state. seq_length: tokens of a row, the context length that an export names. scores:
-    fingerprint of the cached scores that the weights were made from, None without. old_context: tokens of the context
-    that the model had before, None where nobody said.
-    """
-
-    iteration: int
-    consumed_samples: int
-    seq_length: int
-    loader: dict[str, Any]
-    scores: str | None = None
-    old_context: int | None = None
 
 
 class HasState(Protocol):
@@ -68,99 +74,13 @@ class HasState(Protocol):
         """Take these entries back from a loaded state dict."""
 
 
-@dataclass(frozen=True)
-class SavedCheckpoint:
-    """A complete checkpoint on disk and what its header says."""
-
-    directory: Path
-    state: RunState
-    architecture: Architecture
-    layout: str
-    weights_only: bool
-    scorer_state: bool
-
-    @property
-    def tokenizer_dir(self) -> Path:
-        """Tokenizer files kept with the checkpoint; may be absent."""
-        return self.directory / "tokenizer"
-
-
-def find_checkpoint(folder: str | Path) -> SavedCheckpoint | None:
-    """The newest complete checkpoint of a run's folder, or the one that `folder` itself is; None when there is none.
-
-    Raises:
-        ValueError: the tracker names a checkpoint that is missing, or whose header is unreadable or of another version.
-    """
-    tracker, directory = Path(folder) / TRACKER, Path(folder)
-    if not (directory / HEADER_FILE).is_file():
-        if not tracker.is_file():
-            return None
-        text = tracker.read_text().strip()
-        if not text.isdigit():
-            raise ValueError(f"{tracker}: expected an iteration number, got {text!r}")
-        directory = checkpoint_dir(folder, int(text))
-    header_path = directory / HEADER_FILE
-    try:
-        header = json.loads(header_path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"--load {folder}: names the checkpoint {directory.name}, but {header_path}: {error}"
-        ) from error
-    if header.get("version") != FORMAT_VERSION:
-        raise ValueError(f"{header_path}: expected version {FORMAT_VERSION}, got {header.get('version')!r}")
-    architecture = parse_architecture(header["hf_config"], str(header_path))
-    state = RunState(**header["state"])
-    return SavedCheckpoint(
-        directory, state, architecture, header["layout"], header["weights_only"], header["scorer_state"]
-    )
-
-
-def checkpoint_dir(folder: str | Path, iteration: int) -> Path:
-    """Folder of one checkpoint, named as Megatron names it."""
-    return Path(folder) / f"iter_{iteration:07d}"
-
-
-def check_same_model(saved: SavedCheckpoint, architecture: Architecture) -> None:
-    """Refuse a checkpoint whose weights have other shapes than the model that --load-hf names.
-
-    Raises:
-        ValueError: names the first tensor that differs.
-    """
-    ours, theirs = expected_tensors(architecture), expected_tensors(saved.architecture)
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            raise ValueError(
-                f"--load {saved.directory}: a checkpoint of another model: {name} has shape "
-                f"{theirs.get(name, 'none')}, --load-hf has {ours.get(name, 'none')}"
-            )
-
-
-def check_save_target(save: str | None, load: str | None) -> None:
-    """Refuse to write a run into a folder that holds one, unless that run is the one resumed.
-
-    Raises:
-        ValueError: names --save and what was found.
-    """
-    if save is None:
-        return
-    path = Path(save)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"--save {save}: expected a folder, found a file")
-    holds_run = path.is_dir() and (
-        (path / TRACKER).exists() or (path / "metrics.jsonl").exists() or any(path.glob("iter_*"))
-    )
-    if holds_run and (load is None or Path(load).resolve() != path.resolve()):
-        raise ValueError(
-            f"--save {save}: the folder already holds a run; resume it with --load {save}, or choose another folder"
-        )
-
-
 def save_checkpoint(
     save: str | Path,
     chunks: Sequence[TokenWeightedGPT],
     state: RunState,
     layout: Layout,
     *,
+    lock: FolderLock | None = None,
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
     scorer: HasState | None = None,
@@ -169,40 +89,65 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint under `save` and return its folder. Collective over the world; storage is shared.
 
-    optimizer: takes part after at least one step (there is no state before); None saves the weights alone.
-    config: the resolved options, kept beside the checkpoint. tokenizer_dir: its tokenizer files are kept, for export.
+    lock: rank 0's, of the folder; None on the others. optimizer: takes part after at least one step (there is no state
+    before); None saves the weights alone. config: the resolved options, kept beside the checkpoint. tokenizer_dir: its
+    tokenizer files are kept, for export.
+
+    Raises:
+        OSError: it could not be written, on every rank; those that were there are as they were.
+        ValueError: another run has taken the folder.
     """
     directory = checkpoint_dir(save, state.iteration)
-    if layout.rank == 0:
-        shutil.rmtree(directory, ignore_errors=True)  # the rest of a save that was cut off
-        directory.mkdir(parents=True)
-    dist.barrier()
-    sharded = _model_state(chunks)
-    if optimizer is not None and scheduler is not None:
-        sharded["optimizer"] = optimizer.sharded_state_dict(_model_state(chunks), metadata=dict(_METADATA))
-        sharded["scheduler"] = scheduler.state_dict()
-    scorer_state = scorer.sharded_state() if scorer is not None else {}
-    sharded |= scorer_state
-    dist_checkpointing.save(sharded, str(directory))
-    if layout.rank == 0:
-        architecture = chunks[0].architecture
-        header = {
-            "version": FORMAT_VERSION,
-            "state": asdict(state),
-            "weights_only": optimizer is None,
-            "scorer_state": bool(scorer_state),
-            "layout": layout.describe(),
-            "hf_config": export_hf_config(
-                architecture, max_position_embeddings=state.seq_length, dtype=next(chunks[0].parameters()).dtype
-            ),
-        }
-        (directory / HEADER_FILE).write_text(json.dumps(header, indent=2) + "\n")
-        if config is not None:
-            save_config(config, directory / CONFIG_FILE)
-        if tokenizer_dir is not None:
-            copy_tokenizer(tokenizer_dir, directory / "tokenizer")
-        replace_text(Path(save) / TRACKER, f"{state.iteration}\n")
-    dist.barrier()
+    names = [f"{directory.name}.{uuid.uuid4().hex[:8]}.partial"]
+    dist.broadcast_object_list(names, src=0)
+    partial = Path(save) / names[0]
+    with _whole_or_nothing(partial, f"--save {save}: {directory.name}"):
+        with _on_rank_0():
+            if layout.rank == 0:
+                if lock is not None:
+                    lock.check()
+                partial.mkdir(parents=True)
+        sharded = _model_state(chunks)
+        if optimizer is not None and scheduler is not None:
+            sharded["optimizer"] = optimizer.sharded_state_dict(_model_state(chunks), metadata=dict(_METADATA))
+            sharded["scheduler"] = scheduler.state_dict()
+        scorer_state = scorer.sharded_state() if scorer is not None else {}
+        sharded |= scorer_state
+        with _one_error():
+            dist_checkpointing.save(
+                sharded, str(partial), preprocess_common_before_consistancy_check=_without_gathered_state
+            )
+        with _on_rank_0():
+            if layout.rank == 0:
+                header = {
+                    "version": FORMAT_VERSION,
+                    "state": asdict(state),
+                    "weights_only": optimizer is None,
+                    "scorer_state": bool(scorer_state),
+                    "layout": layout.describe(),
+                    "hf_config": export_hf_config(
+                        chunks[0].architecture,
+                        max_position_embeddings=state.seq_length,
+                        dtype=next(chunks[0].parameters()).dtype,
+                    ),
+                }
+                (partial / HEADER_FILE).write_text(json.dumps(header, indent=2) + "\n")
+                if config is not None:
+                    save_config(config, partial / CONFIG_FILE)
+                if tokenizer_dir is not None:
+                    copy_tokenizer(tokenizer_dir, partial / "tokenizer")
+        files = hash_files(partial)
+        with _on_rank_0():
+            if layout.rank == 0:
+                replace_text(partial / CHECKSUMS_FILE, checksums_text(files))
+                _sync_folder(partial)
+                if lock is not None:
+                    lock.check()
+                if directory.exists():  # of a run that was taken back to an earlier checkpoint
+                    shutil.rmtree(directory)
+                partial.rename(directory)
+                replace_text(Path(save) / TRACKER, f"{state.iteration}\n")
+                _sync_folder(Path(save))
     return directory
 
 
@@ -214,7 +159,11 @@ def load_checkpoint(
     scorer: HasState | None = None,
 ) -> None:
     """Read weights, and with an optimizer its state and the schedule's, into a model of any layout. Collective over
-    the world."""
+    the world.
+
+    Raises:
+        ValueError: a file that cannot be read (one whose checksum was not compared before).
+    """
     if saved.weights_only:
         optimizer = scheduler = None
     sharded = _model_state(chunks)
@@ -224,7 +173,9 @@ def load_checkpoint(
         )
     if scorer is not None and saved.scorer_state:
         sharded |= scorer.sharded_state()
-    state = dist_checkpointing.load(sharded, str(saved.directory))
+    with _no_warnings_of_torch(), _damage_named(saved.directory):
+        FileSystemReader(saved.directory).read_metadata()  # where this fails, torch prints a traceback and goes on
+        state = dist_checkpointing.load(sharded, str(saved.directory))
     for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True):
         chunk.load_state_dict(state[key])
     if optimizer is not None:
@@ -243,6 +194,95 @@ def replace_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+@contextmanager
+def _whole_or_nothing(partial: Path, what: str) -> Iterator[None]:
+    """Around the writing of `partial`: where it fails nothing of it is left, and the error names the one before."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        free = shutil.disk_usage(partial.parent).free if partial.parent.is_dir() else 0
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, ValueError):
+            raise
+        complete = complete_checkpoints(partial.parent)
+        kept = f"the newest checkpoint is {complete[-1]}" if complete else "there is no earlier checkpoint"
+        raise OSError(f"{what} could not be written, {free / 2**30:.3g} GiB were free: {error}; {kept}") from error
+
+
+@contextmanager
+def _on_rank_0() -> Iterator[None]:
+    """Around what rank 0 does while the others wait: its error is raised on every rank."""
+    error = None
+    try:
+        yield
+    except (OSError, ValueError) as failed:
+        error = failed
+    raise_together(error)
+
+
+@contextmanager
+def _one_error() -> Iterator[None]:
+    """Around Megatron's writing: its ways to say that a file cannot be written, as one OSError.
+
+    What a writer of some rank meets is raised on every rank, but told to rank 0 alone; what rank 0 meets in the files
+    that it alone writes is raised there, and the others wait for their launcher to end them.
+    """
+    failed = None
+    try:
+        yield
+    except CheckpointException as error:
+        failed = OSError("; ".join(sorted({str(reason) for reason, _ in error.failures.values()})))
+    except RuntimeError as error:
+        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise OSError(f"common.pt: {str(error).splitlines()[0]}") from error
+    raise_together(failed)
+
+
+def _without_gathered_state(common: dict[str, Any]) -> dict[str, Any]:
+    """The state that all ranks must have alike: without the optimizer's, which is gathered on one data-parallel rank
+    and None on the others."""
+    optimizer = common.get("optimizer")
+    if not isinstance(optimizer, dict):
+        return common
+    return common | {"optimizer": {key: value for key, value in optimizer.items() if key != "param_state"}}
+
+
+@contextmanager
+def _damage_named(directory: Path) -> Iterator[None]:
+    """Around Megatron's reading: its ways to say that a file is damaged, as one line."""
+    try:
+        yield
+    except (CheckpointException, CheckpointingException, OSError, EOFError, pickle.UnpicklingError, RuntimeError,
+            KeyError) as error:  # fmt: skip
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason: object = error
+        if isinstance(error, CheckpointException) and error.failures:
+            reason = next(iter(error.failures.values()))[0]
+        text = (str(reason).splitlines() or [""])[0] or type(reason).__name__
+        raise ValueError(f"{directory}: cannot be read; a file of it is damaged or missing ({text})") from error
+
+
+@contextmanager
+def _no_warnings_of_torch() -> Iterator[None]:
+    """Without torch's advice to Megatron-Core, which a user cannot take."""
+    with warnings.catch_warnings():
+        for message in ("`load_state_dict` is deprecated", "Please use DTensor instead"):
+            warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+        yield
+
+
+def _sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on disk."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def _chunk_keys(chunks: Sequence[torch.nn.Module]) -> list[str]:

@@ -13,7 +13,9 @@ from megatron_tw.model.architecture import Architecture, read_architecture
 from megatron_tw.model.build import load_hf
 from megatron_tw.model.gpt import TokenWeightedGPT
 from megatron_tw.parallel.layout import Layout
-from megatron_tw.runtime.checkpoint import HasState, SavedCheckpoint, check_same_model, find_checkpoint, load_checkpoint
+from megatron_tw.runtime.checkpoint import HasState, load_checkpoint
+from megatron_tw.runtime.intact import open_checkpoint
+from megatron_tw.runtime.run_folder import SavedCheckpoint, check_same_model
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,16 @@ class ModelSource:
             load_hf(chunks, self.load_hf, self.architecture, layout)
 
 
-def open_source(model: ModelConfig, *, load: str | None) -> ModelSource:
-    """Find the model and read its architecture, changed as `model` asks; no weights yet.
+def open_source(model: ModelConfig, *, load: str | None, verify: bool = True) -> ModelSource:
+    """Find the model and read its architecture, changed as `model` asks; no weights yet. Collective over the world.
 
-    load: folder of a run, or one checkpoint; what it holds wins over --load-hf.
+    load: folder of a run, or one checkpoint; what it holds wins over --load-hf. verify: compare a checkpoint's files
+    with their checksums.
 
     Raises:
-        ValueError: neither option names a model, or the checkpoint is of another model than the folder.
+        ValueError: neither option names a model, the checkpoint is damaged, or of another model than the folder.
     """
-    load_hf, saved = model.load_hf, find_checkpoint(load) if load is not None else None
+    load_hf, saved = model.load_hf, open_checkpoint(load, verify=verify) if load is not None else None
     if load_hf is not None:
         try:
             architecture = read_architecture(load_hf)

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from megatron_tw.config import RunConfig, check_config, data_parallel_size
 from megatron_tw.data.rows import TOKENIZER_DIR, TokenRows
 from megatron_tw.model.build import check_export_target
-from megatron_tw.runtime.checkpoint import check_save_target
 from megatron_tw.runtime.opening import open_rows
+from megatron_tw.runtime.run_folder import check_save_target, find_checkpoint
 from megatron_tw.runtime.source import ModelSource, open_source
 from megatron_tw.training.scorers import ScorerInputs, ScorerMaker, check_scorer_options, open_scorer
 from megatron_tw.training.settings import Settings
@@ -46,7 +46,7 @@ def open_inputs(config: RunConfig) -> Inputs:
     check_save_target(config.checkpoint.save, config.checkpoint.load)
     if config.checkpoint.save_hf is not None:
         check_export_target(Path(config.checkpoint.save_hf))
-    source = open_source(config.model, load=config.checkpoint.load)
+    source = open_source(config.model, load=config.checkpoint.load, verify=config.checkpoint.verify_checkpoint)
     rows = open_rows("--data-path", config.data.data_path, source, config.data.seq_length)
     valid_rows = None
     if config.data.valid_data_path is not None:
@@ -74,6 +74,24 @@ def open_inputs(config: RunConfig) -> Inputs:
         valid_rows=valid_rows,
         tokenizer_dir=tokenizer_dir if tokenizer_dir.is_dir() else source.tokenizer_dir,
     )
+
+
+def outdated(inputs: Inputs, config: RunConfig) -> bool:
+    """Whether --load and the folders to be written are no longer what `open_inputs` found, as rank 0 sees it.
+    Collective over the world."""
+    answer = [False]
+    if dist.get_rank() == 0:
+        checkpoint, saved = config.checkpoint, inputs.source.saved
+        try:
+            check_save_target(checkpoint.save, checkpoint.load)
+            if checkpoint.save_hf is not None:
+                check_export_target(Path(checkpoint.save_hf))
+            now = find_checkpoint(checkpoint.load) if checkpoint.load is not None else None
+            answer = [(now and now.directory) != (saved and saved.directory)]
+        except ValueError:
+            answer = [True]
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]
 
 
 def _check_same_tokenizer(valid_rows: TokenRows, rows: TokenRows) -> None:

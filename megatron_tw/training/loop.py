@@ -4,13 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_tw.config import RunConfig, differences
 from megatron_tw.data.loader import Loader, RowOrder
 from megatron_tw.model.build import build_model, save_hf
 from megatron_tw.parallel.devices import Device, peak_memory_bytes
 from megatron_tw.parallel.layout import Layout
-from megatron_tw.runtime.checkpoint import CONFIG_FILE, RunState, save_checkpoint
+from megatron_tw.runtime.checkpoint import CONFIG_FILE, save_checkpoint
 from megatron_tw.runtime.exits import Exits
+from megatron_tw.runtime.lock import FolderLock
 from megatron_tw.runtime.metrics import MetricsLog
 from megatron_tw.runtime.opening import join_world, open_layout
 from megatron_tw.runtime.optimizer import (
@@ -20,7 +23,9 @@ from megatron_tw.runtime.optimizer import (
     use_options,
     wrap_for_training,
 )
-from megatron_tw.training.inputs import Inputs, open_inputs
+from megatron_tw.runtime.outputs import hold_export, hold_run
+from megatron_tw.runtime.run_folder import RunState, begin_again
+from megatron_tw.training.inputs import Inputs, open_inputs, outdated
 from megatron_tw.training.report import StepReport
 from megatron_tw.training.scorers import TrainedModel
 from megatron_tw.training.step import TrainingStep
@@ -36,14 +41,26 @@ def train(config: RunConfig) -> "Run":
     """
     device = join_world(config.parallel)
     inputs = open_inputs(config)
-    run = Run.start(config, inputs, open_layout(config.parallel, inputs.source), device)
-    run.train()
+    dtype = torch.bfloat16 if config.compute.bf16 else torch.float32
+    architecture = inputs.source.architecture
+    with (
+        hold_run(config.checkpoint.save, architecture, dtype, optimizer=True) as lock,
+        hold_export(config.checkpoint.save_hf, architecture, dtype) as export_lock,
+    ):
+        if outdated(inputs, config):  # another run ended while this one waited for the folder
+            inputs = open_inputs(config)
+        run = Run.start(config, inputs, open_layout(config.parallel, inputs.source), device)
+        run.lock, run.export_lock = lock, export_lock
+        run.train()
     return run
 
 
 @dataclass(kw_only=True)
 class Run:
-    """A training run that is set up: model, optimizer, data and how far it has come."""
+    """A training run that is set up: model, optimizer, data and how far it has come.
+
+    lock, export_lock: rank 0's, of --save and --save-hf; None on the others, and where nobody else can write there.
+    """
 
     config: RunConfig
     inputs: Inputs
@@ -53,6 +70,8 @@ class Run:
     loader: Loader
     validation: Validation | None
     iteration: int = 0
+    lock: FolderLock | None = None
+    export_lock: FolderLock | None = None
 
     @staticmethod
     def start(config: RunConfig, inputs: Inputs, layout: Layout, device: Device) -> "Run":
@@ -148,23 +167,14 @@ class Run:
             if log is not None:
                 log.close()
         if config.checkpoint.save_hf is not None and self.iteration == last:
-            gather_weights(self.step.model)
-            save_hf(
-                self.chunks,
-                config.checkpoint.save_hf,
-                self.inputs.source.architecture,
-                self.layout,
-                max_position_embeddings=config.data.seq_length,
-                tokenizer_dir=self.inputs.tokenizer_dir,
-            )
-            if self.layout.reports:
-                print(f"exported: {config.checkpoint.save_hf}", flush=True)
+            self._export(config.checkpoint.save_hf)
 
     def _open_log(self) -> MetricsLog | None:
         if not self.layout.reports:
             return None
         config, saved = self.config, self.inputs.source.saved
         save = Path(config.checkpoint.save) if config.checkpoint.save is not None else None
+        begun_again = begin_again(save) if save is not None and self.iteration == 0 else []
         log = MetricsLog(
             save,
             config.tensorboard_dir,
@@ -182,7 +192,7 @@ class Run:
                 log.say(f"--train-iters {config.train.train_iters}: the run is there already, no step is left")
         elif config.checkpoint.load is not None:
             log.say(f"--load {config.checkpoint.load} holds no checkpoint: starting fresh from {config.model.load_hf}")
-        for line in self._describe():
+        for line in begun_again + self._describe():
             log.say(line)
         return log
 
@@ -218,9 +228,8 @@ class Run:
             "peak_memory_gib": peak_memory_bytes() / 2**30,
         }
 
-    def _save(self) -> Path:
-        gather_weights(self.step.model)
-        state = RunState(
+    def _state(self) -> RunState:
+        return RunState(
             iteration=self.iteration,
             consumed_samples=self.loader.consumed_samples,
             seq_length=self.config.data.seq_length,
@@ -228,15 +237,44 @@ class Run:
             loader=self.loader.state_dict(),
             scores=self.step.scorer.fingerprint if self.step.scorer is not None else None,
         )
+
+    def _save(self) -> Path:
+        gather_weights(self.step.model)
         assert self.config.checkpoint.save is not None
         return save_checkpoint(
             self.config.checkpoint.save,
             self.chunks,
-            state,
+            self._state(),
             self.layout,
+            lock=self.lock,
             optimizer=self.step.optimizer,
             scheduler=self.step.scheduler,
             scorer=self.step.scorer,
             config=self.config,
             tokenizer_dir=self.inputs.tokenizer_dir,
         )
+
+    def _export(self, save_hf_dir: str) -> None:
+        """Write --save-hf. Where that fails, the weights are in a checkpoint, and the error says how to export them."""
+        gather_weights(self.step.model)
+        try:
+            save_hf(
+                self.chunks,
+                save_hf_dir,
+                self.inputs.source.architecture,
+                self.layout,
+                max_position_embeddings=self.config.data.seq_length,
+                tokenizer_dir=self.inputs.tokenizer_dir,
+                still_ours=self.export_lock.check if self.export_lock is not None else None,
+            )
+        except (OSError, ValueError) as error:  # the same on every rank
+            save = self.config.checkpoint.save
+            if save is None:
+                save = f"{save_hf_dir}.checkpoint"
+                save_checkpoint(save, self.chunks, self._state(), self.layout, tokenizer_dir=self.inputs.tokenizer_dir)
+            raise OSError(
+                f"--save-hf {save_hf_dir}: could not be written: {error}; the weights are kept, export them with: "
+                f"python tools/convert_checkpoint.py --load {save} --save-hf {save_hf_dir}"
+            ) from error
+        if self.layout.reports:
+            print(f"exported: {save_hf_dir}", flush=True)

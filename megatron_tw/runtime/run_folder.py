@@ -1,0 +1,209 @@
+"""What the folder of a run holds: which checkpoints are complete, which of them is the newest, and whether a run may
+write there.
+
+A checkpoint is complete when its folder has its name: it is written under another one and renamed. (Before checkpoints
+had checksums it was complete when the tracker named it; what such a run left unfinished has no `.metadata`.)
+"""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_tw.model.architecture import Architecture, parse_architecture
+from megatron_tw.model.huggingface import expected_tensors
+
+FORMAT_VERSION = 1
+TRACKER = "latest_checkpointed_iteration.txt"
+HEADER_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
+_NAME = re.compile(r"iter_(\d{7,})")
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint that should be there and cannot be used."""
+
+    def __init__(self, directory: Path, text: str) -> None:
+        super().__init__(text)
+        self.directory = directory
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """How far a run has come: what a resumed run needs besides weights and optimizer state.
+
+    loader: the data loader's state. seq_length: tokens of a row, the context length that an export names. scores:
+    fingerprint of the cached scores that the weights were made from, None without. old_context: tokens of the context
+    that the model had before, None where nobody said.
+    """
+
+    iteration: int
+    consumed_samples: int
+    seq_length: int
+    loader: dict[str, Any]
+    scores: str | None = None
+    old_context: int | None = None
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A complete checkpoint on disk and what its header says."""
+
+    directory: Path
+    state: RunState
+    architecture: Architecture
+    layout: str
+    weights_only: bool
+    scorer_state: bool
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """Tokenizer files kept with the checkpoint; may be absent."""
+        return self.directory / "tokenizer"
+
+
+def find_checkpoint(folder: str | Path, option: str = "--load") -> SavedCheckpoint | None:
+    """The newest complete checkpoint of a run's folder, or the one that `folder` itself is; None when there is none.
+
+    Raises:
+        DamagedCheckpointError: the checkpoint's header is missing, unreadable or of another version.
+        ValueError: the tracker is missing though there are checkpoints, or names none.
+    """
+    folder = Path(folder)
+    if (folder / HEADER_FILE).is_file() or is_complete(folder):
+        return _read_checkpoint(folder)
+    tracker, complete = folder / TRACKER, complete_checkpoints(folder)
+    if not tracker.is_file():
+        if complete:
+            raise ValueError(
+                f"{option} {folder}: {TRACKER} is missing, but there are checkpoints; take the newest with "
+                f"{option} {complete[-1]}"
+            )
+        return None
+    text = tracker.read_text(errors="replace").strip()
+    if not text.isdigit():
+        newest = f"; take the newest checkpoint with {option} {complete[-1]}" if complete else ""
+        raise ValueError(f"{tracker}: expected an iteration number, got {text!r}{newest}")
+    return _read_checkpoint(checkpoint_dir(folder, int(text)))
+
+
+def checkpoint_dir(folder: str | Path, iteration: int) -> Path:
+    """Folder of one checkpoint, named as Megatron names it."""
+    return Path(folder) / f"iter_{iteration:07d}"
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Folders of the complete checkpoints of a run, the oldest first. Complete, which is not undamaged."""
+    found = [path for path in folder.glob("iter_*") if is_complete(path)] if folder.is_dir() else []
+    return sorted(found, key=_iteration)
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a folder is a complete checkpoint of a run."""
+    named = path.is_dir() and _NAME.fullmatch(path.name) is not None
+    return named and ((path / ".metadata").exists() or (path / HEADER_FILE).exists())
+
+
+def earlier_checkpoints(directory: Path) -> list[Path]:
+    """The complete checkpoints of a run before one of them, the newest first."""
+    before = [path for path in complete_checkpoints(directory.parent) if _iteration(path) < _iteration(directory)]
+    return before[::-1]
+
+
+def _iteration(path: Path) -> int:
+    """The iteration in a checkpoint's name; -1 where it has another name."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def check_same_model(saved: SavedCheckpoint, architecture: Architecture) -> None:
+    """Refuse a checkpoint whose weights have other shapes than the model that --load-hf names.
+
+    Raises:
+        ValueError: names the first tensor that differs.
+    """
+    ours, theirs = expected_tensors(architecture), expected_tensors(saved.architecture)
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise ValueError(
+                f"--load {saved.directory}: a checkpoint of another model: {name} has shape "
+                f"{theirs.get(name, 'none')}, --load-hf has {ours.get(name, 'none')}"
+            )
+
+
+def check_save_target(save: str | None, load: str | None) -> None:
+    """Refuse to write a run into a folder that holds one, unless that run (or a checkpoint of it) is the one resumed. A
+    folder in which no checkpoint was ever completed holds none.
+
+    Raises:
+        ValueError: names --save and what was found.
+    """
+    if save is None:
+        return
+    path = Path(save)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--save {save}: expected a folder, found a file")
+    resumed = load is not None and path.resolve() in (Path(load).resolve(), Path(load).resolve().parent)
+    if not resumed and ((path / TRACKER).exists() or complete_checkpoints(path)):
+        raise ValueError(
+            f"--save {save}: the folder already holds a run; resume it with --load {save}, or choose another folder"
+        )
+
+
+def begin_again(save: Path) -> list[str]:
+    """Make ready for a run's first step a folder in which no checkpoint was completed: the metrics of the run that died
+    there are set aside. What was done and seen, in words. One process does this."""
+    said = []
+    for path in sorted(save.glob("iter_*")):
+        if _NAME.fullmatch(path.name) and not is_complete(path):
+            said.append(f"{path.name} was never completed")
+    metrics = save / METRICS_FILE
+    if metrics.is_file() and metrics.stat().st_size:
+        number = 1
+        while (aside := save / f"{METRICS_FILE}.{number}").exists():
+            number += 1
+        metrics.rename(aside)
+        said.append(f"metrics of the run that died before its first checkpoint: {aside.name}")
+    return [f"--save {save}: begun again ({'; '.join(said)})"] if said else []
+
+
+def remove_partial_checkpoints(save: Path) -> None:
+    """Remove what runs that were killed while they saved left. One process does this, which holds the folder."""
+    for path in save.glob("iter_*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def check_space(path: Path, what: str, needed: int, content: str) -> None:
+    """Refuse to begin what cannot be kept. needed: bytes that will be written at `path`, which need not be there yet.
+
+    Raises:
+        ValueError: less is free; `what` names the option and its value, `content` what is to be written.
+    """
+    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise ValueError(
+            f"{what}: expected {needed / 2**30:.3g} GiB of free space for {content}, got {free / 2**30:.3g} GiB"
+        )
+
+
+def _read_checkpoint(directory: Path) -> SavedCheckpoint:
+    path = directory / HEADER_FILE
+    try:
+        header = json.loads(path.read_text())
+        if header["version"] != FORMAT_VERSION:
+            raise DamagedCheckpointError(
+                directory, f"{path}: expected version {FORMAT_VERSION}, got {header['version']!r}"
+            )
+        architecture = parse_architecture(header["hf_config"], str(path))
+        state = RunState(**header["state"])
+        return SavedCheckpoint(
+            directory, state, architecture, header["layout"], header["weights_only"], header["scorer_state"]
+        )
+    except DamagedCheckpointError:
+        raise
+    except OSError as error:
+        raise DamagedCheckpointError(directory, f"{path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(directory, f"{path} is damaged ({' '.join(str(error).split())})") from error
