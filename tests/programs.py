@@ -7,6 +7,7 @@ mistake takes a tenth of a second.
 
 import importlib
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -39,6 +40,8 @@ LATER = [
 ]
 """Modules that the programs import when their options are in order."""
 TIMEOUT_SECONDS = 60.0
+BAR = re.compile(r"\w[\w ]*: +\d+(%\||\w+ \[)[^\]\r\n]*\]")
+"""A progress bar."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,11 @@ class Answer:
     stdout: str
     stderr: str
     seconds: float
+
+
+def lines_of(answer: Answer) -> list[str]:
+    """What was said on stderr, without progress bars."""
+    return [line for line in re.split(r"[\r\n]", BAR.sub("", answer.stderr)) if line.strip()]
 
 
 class Programs:
