@@ -61,12 +61,6 @@ CASES = list(read_table())
 
 
 @pytest.fixture(scope="module")
-def programs() -> Iterator[Programs]:
-    with Programs() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def world(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made once; never changed."""
     folder = tmp_path_factory.mktemp("wrong") / "world"

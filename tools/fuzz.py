@@ -57,8 +57,8 @@ TIMES = re.compile(r"(seconds|tokens_per_second|memory|time)")
 @dataclass(frozen=True)
 class Reading:
     """A program and the files that it reads, as globs in the world of tests/damage.py. sealed: they have checksums, so
-    that whatever is changed in them must be seen; what has none (a recipe, a tokenizer, metrics) may say something else,
-    and the program then does what it says."""
+    that whatever is changed in them must be seen; what has none (a recipe, a tokenizer, metrics) may say something
+    else, and the program then does what it says."""
 
     program: str
     options: str
@@ -286,6 +286,26 @@ def _as_it_says(folder: Path) -> bool:
     return all(used.get(name) == value for name, value in recipe.items())
 
 
+def fuzz(seeds: range, programs: Programs, folder: Path, *, jobs: int = 2, keep: bool = False) -> list[Verdict]:
+    """The cases of these seeds, in an empty folder; faults are told as they are found."""
+    fuzzer, verdicts = Fuzzer(folder, programs, keep=keep), []
+    with ThreadPoolExecutor(jobs) as pool:
+        for verdict in tqdm(pool.map(fuzzer.run, seeds), desc="fuzzing", total=len(seeds), unit="case", disable=None):
+            verdicts.append(verdict)
+            if verdict.fault is not None:
+                tqdm.write(f"seed {verdict.seed}: {verdict.what}\n    {verdict.outcome}: {verdict.fault}")
+    return verdicts
+
+
+def summary(verdicts: Sequence[Verdict]) -> str:
+    """How many ended how, by kind."""
+    lines = [f"seeds {verdicts[0].seed} to {verdicts[-1].seed}: {len(verdicts)} cases"]
+    for kind in (*READINGS, "all"):
+        outcomes = Counter(verdict.outcome for verdict in verdicts if kind in (verdict.kind, "all"))
+        lines.append(f"  {kind:<12} " + ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common()))
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=60, metavar="N", help="how many (default: %(default)s)")
@@ -293,29 +313,20 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--jobs", type=int, default=2, metavar="J", help="at a time (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="keep the folders of cases with a fault, and tell where")
     options = parser.parse_args(argv)
+    if min(options.cases, options.jobs) < 1:
+        parser.error("--cases, --jobs: expected 1 or more")
     folder = Path(tempfile.mkdtemp(prefix="fuzz_"))
-    verdicts = []
+    faults = False
     try:
-        with Programs() as programs, ThreadPoolExecutor(options.jobs) as pool:
-            fuzzer = Fuzzer(folder, programs, keep=options.keep)
+        with Programs() as programs:
             seeds = range(options.seed, options.seed + options.cases)
-            bar = tqdm(pool.map(fuzzer.run, seeds), desc="fuzzing", total=len(seeds), unit="case", disable=None)
-            for verdict in bar:
-                verdicts.append(verdict)
-                if verdict.fault is not None:
-                    tqdm.write(f"seed {verdict.seed}: {verdict.what}\n    {verdict.outcome}: {verdict.fault}")
+            verdicts = fuzz(seeds, programs, folder, jobs=options.jobs, keep=options.keep)
+        faults = any(verdict.fault is not None for verdict in verdicts)
+        print(summary(verdicts) + (f"\nkept: {folder}/case_SEED" if faults and options.keep else ""))
     finally:
-        if not (options.keep and any(verdict.fault for verdict in verdicts)):
+        if not (faults and options.keep):
             shutil.rmtree(folder, ignore_errors=True)
-    faults = sum(verdict.fault is not None for verdict in verdicts)
-    outcomes = Counter(verdict.outcome for verdict in verdicts)
-    print(f"seeds {seeds[0]} to {seeds[-1]}: " + ", ".join(f"{count} {name}" for name, count in outcomes.most_common()))
-    for kind in READINGS:
-        of_kind = Counter(verdict.outcome for verdict in verdicts if verdict.kind == kind)
-        print(f"  {kind:<12} " + ", ".join(f"{count} {name}" for name, count in of_kind.most_common()))
-    if options.keep and faults:
-        print(f"kept: {folder}")
-    return int(faults > 0)
+    return int(faults)
 
 
 if __name__ == "__main__":

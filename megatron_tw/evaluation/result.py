@@ -57,7 +57,7 @@ class EvaluationHeader:
     tokenizer_fingerprint: str | None
     """None: the rows were made from ready ids."""
     nll: str | None = None
-    """sha256 (hex) of nll.npz; None: not yet written, or before this was kept."""
+    """sha256 (hex) of nll.npz: on disk only; None there: written before it was kept."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -129,10 +129,6 @@ class EvaluationResult:
         if not file.is_file():
             raise ValueError(f"{file} is missing: the evaluation is incomplete")
         content = file.read_bytes()
-        if header.nll not in (None, hashlib.sha256(content).hexdigest()):
-            raise ValueError(
-                f"{file} is damaged, or of another evaluation: its content is not what {HEADER_FILE} names"
-            )
         arrays = numpy_file(content, file)
         if not isinstance(arrays, dict):
             raise ValueError(f"{file}: expected named arrays, found one without a name")
@@ -142,8 +138,12 @@ class EvaluationResult:
         for name in ("long_nll", "short_nll"):
             if name in arrays and not np.isfinite(arrays[name][arrays["valid"]]).all():
                 raise ValueError(f"{file}: {name} holds NaN or infinity: the file is damaged")
+        if header.nll not in (None, hashlib.sha256(content).hexdigest()):
+            raise ValueError(
+                f"{file} is damaged, or of another evaluation: its content is not what {HEADER_FILE} names"
+            )
         return EvaluationResult(
-            header=header,
+            header=replace(header, nll=None),
             row_index=arrays["row_index"],
             long_nll=arrays["long_nll"],
             short_nll=arrays.get("short_nll"),
