@@ -21,8 +21,8 @@ from megatron_tw.data.rows import TokenRows
 from megatron_tw.data.scores import ScoreRows, check_scores
 from megatron_tw.data.vocabulary import check_scorer_vocabulary
 from megatron_tw.model.architecture import read_architecture
+from megatron_tw.model.families.table import expected_tensors
 from megatron_tw.model.forward import ShortWindowForward
-from megatron_tw.model.huggingface import expected_tensors
 from megatron_tw.parallel.layout import destroy_layout
 from megatron_tw.programs.scoring import score_tokens, weights_fingerprint
 from tools import score_tokens as tool
