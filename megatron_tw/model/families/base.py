@@ -9,7 +9,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_tw.model.families.table import Parameter
 
-_JSON = {int: "an integer", float: "a number", bool: "true or false"}
 _REQUIRED: Any = object()
 
 
@@ -44,16 +43,18 @@ def json_value(value: Any, kind: type, what: str, *, or_null: bool = False) -> A
     Raises:
         ValueError: it is not; begins with `what`.
     """
-    expected = _JSON[kind] + (" or null" if or_null else "")
     if kind is bool:
-        fits, bound = isinstance(value, bool), ""
+        fits, expected = isinstance(value, bool), "true or false"
     elif kind is int:
-        fits, bound = isinstance(value, int) and not isinstance(value, bool) and value >= 1, " of 1 or more"
+        fits, expected = (
+            isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+            "an integer of 1 or more",
+        )
     else:
         fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-        bound = " more than 0"
+        expected = "a number more than 0"
     if not fits:
-        raise ValueError(f"{what}: expected {expected}{bound}, got {value!r}")
+        raise ValueError(f"{what}: expected {expected}{', or null' if or_null else ''}, got {value!r}")
     return value
 
 

@@ -17,6 +17,7 @@ def sliding_window(raw: Mapping[str, Any], source: str) -> int | None:
     window = raw.get("sliding_window", 4096)
     if window is None:
         return None
+    json_value(window, int, f"{source}: sliding_window", or_null=True)
     layer_types, first = raw.get("layer_types"), raw.get("max_window_layers", 28)
     if layer_types is not None:
         if not isinstance(layer_types, list):
@@ -26,7 +27,7 @@ def sliding_window(raw: Mapping[str, Any], source: str) -> int | None:
         if not isinstance(first, int) or isinstance(first, bool) or first < 0:
             raise ValueError(f"{source}: max_window_layers: expected an integer of 0 or more, got {first!r}")
         slides = first < raw["num_hidden_layers"]
-    return json_value(window, int, f"{source}: sliding_window", or_null=True) if slides else None
+    return window if slides else None
 
 
 QWEN2 = replace(
