@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -46,10 +46,8 @@ def json_value(value: Any, kind: type, what: str, *, or_null: bool = False) -> A
     if kind is bool:
         fits, expected = isinstance(value, bool), "true or false"
     elif kind is int:
-        fits, expected = (
-            isinstance(value, int) and not isinstance(value, bool) and value >= 1,
-            "an integer of 1 or more",
-        )
+        fits = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        expected = "an integer of 1 or more"
     else:
         fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
         expected = "a number more than 0"
@@ -93,6 +91,11 @@ QUANTIZED = {"quantization_config": Fixed(None, "weights are read as floats; exp
 """Refused by all families."""
 
 
+def sees_all(raw: Mapping[str, Any], source: str) -> int | None:
+    """The attention span of a family in which every token sees all before it."""
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One `model_type` of transformers.
@@ -111,7 +114,7 @@ class Family:
     tensors: tuple[Parameter, ...]
     megatron: Mapping[str, Any]
     layer: Callable[["Family", bool], ModuleSpec]
-    attention_span: Callable[[Mapping[str, Any], str], int | None] = field(default=lambda raw, source: None)
+    attention_span: Callable[[Mapping[str, Any], str], int | None] = sees_all
     partial_rotary: float | None = None
     fused_activation: bool = True
 
