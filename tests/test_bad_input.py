@@ -83,7 +83,7 @@ def finished_run(world, ranks) -> Path:
             "--scorer-hf {folder}",
         ),
         (["--bos-id", "320"], "--bos-id: expected an id of the vocabulary, 0 to 319, got 320"),
-        (["--weighting", "dens", "--short-window", "64"], "got dens"),
+        (["--weighting", "dens", "--short-window", "64"], "got 'dens'"),
         (["--weighting", "dense", "--short-window", "64", "--interpolation", "1.5"], "--interpolation"),
         (["--seq-lenght", "256"], "--seq-length"),
         (["--transformer-impl", "transformer_engine"], "--transformer-impl"),

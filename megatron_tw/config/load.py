@@ -54,7 +54,7 @@ def parse_options(argv: Sequence[str], schema: type[Schema], *, prog: str = "", 
     _check_flags(flags, options)
     for file in files:
         _check_yaml(file, options)
-    arguments = [f"--config={_with_schedule_as_text(file)}" for file in files] + _join_lists(flags, options)
+    arguments = [f"--config={_as_flags_take_it(file)}" for file in files] + _join_lists(flags, options)
     try:
         values = vars(parser.parse_args(arguments))
     except ArgumentError as error:
@@ -187,22 +187,36 @@ def _check_yaml(file: str, options: dict[str, Option]) -> None:
         option = options[name]
         if (is_null and not option.nullable) or (option.type is bool and not is_bool and not is_null):
             raise ValueError(f"{place}: {name}: expected {option.expected}, got {value.value or 'null'}")
+        if isinstance(value, yaml.MappingNode):
+            _check_repeated(file, name, value)
 
 
-def _with_schedule_as_text(file: str) -> str:
-    """The YAML file's name; or, where weighting_schedule is a list of stages or a mapping, its content with the one
-    text that the flag takes."""
+def _check_repeated(file: str, option: str, mapping: yaml.MappingNode) -> None:
+    """A key twice in the mapping of an option, of which YAML would take the last."""
+    seen = set()
+    for key, _ in mapping.value:
+        name = str(key.value)
+        if name in seen:
+            raise ValueError(f"--config {file}, line {key.start_mark.line + 1}: {option}: {name} is set twice")
+        seen.add(name)
+
+
+def _as_flags_take_it(file: str) -> str:
+    """The YAML file's name; or, where weighting_schedule is a list of stages or a mapping, or weighting_parameters a
+    mapping, its content with the texts that the flags take."""
     content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    schedule = content.get("weighting_schedule")
-    if not isinstance(schedule, list | dict):
-        return file
-    entries = schedule if isinstance(schedule, list) else [schedule]
-    stages = [
-        f"{step}: {scheme}"
-        for entry in entries
-        for step, scheme in (entry.items() if isinstance(entry, dict) else [str(entry).partition(":")[::2]])
-    ]
-    return yaml.safe_dump({**content, "weighting_schedule": "; ".join(stages)}, sort_keys=False)
+    texts: dict[str, Any] = {}
+    schedule, parameters = content.get("weighting_schedule"), content.get("weighting_parameters")
+    if isinstance(schedule, list | dict):
+        stages = [
+            f"{step}: {scheme}"
+            for entry in (schedule if isinstance(schedule, list) else [schedule])
+            for step, scheme in (entry.items() if isinstance(entry, dict) else [str(entry).partition(":")[::2]])
+        ]
+        texts["weighting_schedule"] = "; ".join(stages)
+    if isinstance(parameters, dict):
+        texts["weighting_parameters"] = [f"{name}={number}" for name, number in parameters.items()]
+    return yaml.safe_dump({**content, **texts}, sort_keys=False) if texts else file
 
 
 def _join_lists(flags: Sequence[str], options: dict[str, Option]) -> list[str]:

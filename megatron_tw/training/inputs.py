@@ -13,7 +13,7 @@ from megatron_tw.runtime.run_folder import check_save_target, find_checkpoint
 from megatron_tw.runtime.source import ModelSource, open_source
 from megatron_tw.training.scorers import ScorerInputs, ScorerMaker, check_scorer_options, open_scorer
 from megatron_tw.training.settings import Settings
-from megatron_tw.weighting.options import check_tail, schedule_from_options
+from megatron_tw.weighting.options import schedule_from_options
 from megatron_tw.weighting.schedule import WeightingSchedule
 
 
@@ -42,7 +42,7 @@ def open_inputs(config: RunConfig) -> Inputs:
     check_config(config, dist.get_world_size())
     schedule = schedule_from_options(config.weighting)
     check_scorer_options(config, needed=schedule.needs_scorer)
-    check_tail(schedule, config.data.seq_length)
+    schedule.check_rows(config.data.seq_length)
     check_save_target(config.checkpoint.save, config.checkpoint.load)
     if config.checkpoint.save_hf is not None:
         check_export_target(Path(config.checkpoint.save_hf))
