@@ -110,6 +110,14 @@ def serve(address: str) -> None:
 
     import torch
 
+    from megatron_tw.config import RunConfig
+    from megatron_tw.config.conversion import ConversionConfig
+    from megatron_tw.config.evaluation import EvaluationConfig
+    from megatron_tw.config.options import options_of
+    from megatron_tw.config.scoring import ScoringConfig
+
+    for schema in (RunConfig, ScoringConfig, EvaluationConfig, ConversionConfig):
+        options_of(schema)  # reads their sources, once
     torch.set_num_threads(1)
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
