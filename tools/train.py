@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_tw.config import check_config, load_config, user_errors
+from megatron_tw.config.errors import INTERRUPTED
 
 
 def main(argv: Sequence[str]) -> None:
@@ -18,8 +19,10 @@ def main(argv: Sequence[str]) -> None:
         from megatron_tw.parallel.layout import stop_process_group
         from megatron_tw.training.loop import train  # after the checks: it imports torch and Megatron-Core
 
-        train(config)
+        run = train(config)
         stop_process_group()
+    if run.interrupted:
+        sys.exit(INTERRUPTED)  # like a program that Ctrl-C ended, so that a script does not go on to its next line
 
 
 if __name__ == "__main__":

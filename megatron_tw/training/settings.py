@@ -13,8 +13,8 @@ class Settings:
     """What options, rows, model and ranks decide together, once.
 
     global_batch_size: rows of a step. loss_keep_logits_mib: 0 keeps none. bos_id: of the token that rows begin with,
-    None where they begin with none. windows: None without --short-window. old_context: n, tokens of the context that
-    the model had before.
+    None where they begin with none. windows: None without --short-window. old_context: tokens of the context that the
+    model had before.
     """
 
     global_batch_size: int
@@ -44,7 +44,7 @@ class Settings:
             rotary_base=source.architecture.rotary_base,
             bos_id=row_bos_id(config.data.bos_id, rows, source.architecture),
             windows=windows,
-            old_context=source.old_context if windows is None else windows.tokens,
+            old_context=source.old_context,
         )
 
     def fill_in(self, config: RunConfig) -> RunConfig:
