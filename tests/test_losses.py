@@ -20,15 +20,22 @@ def make_inputs(dtype=torch.float64, seq=SEQ, batch=BATCH, width=HIDDEN, vocab=V
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels
 
 
-def reference_nll(hidden, weight, labels, vocab=VOCAB):
-    logits = F.linear(hidden, weight)[..., :vocab]
+def make_bias(dtype=torch.float64, padded=PADDED):
+    """As large as the logits themselves, and far from zero where the padding is."""
+    bias = torch.randn(padded, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2
+    bias[-1] += 20.0
+    return bias.to(dtype).requires_grad_()
+
+
+def reference_nll(hidden, weight, labels, vocab=VOCAB, bias=None):
+    logits = F.linear(hidden, weight, bias)[..., :vocab]
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none").view(
         labels.shape
     )
 
 
-def gradients(nll, weights, hidden, weight):
-    return torch.autograd.grad((nll * weights).sum(), (hidden, weight))
+def gradients(nll, weights, *inputs):
+    return torch.autograd.grad((nll * weights).sum(), inputs)
 
 
 def token_weight_cases(seq, batch):
@@ -79,10 +86,30 @@ def test_equals_full_logits_in_fp64(case, split):
     )
 
 
+@pytest.mark.parametrize("case", token_weight_cases(SEQ, BATCH))
+@pytest.mark.parametrize("split", SPLITS)
+def test_output_bias_equals_full_logits_in_fp64(case, split):
+    hidden, weight, labels = make_inputs()
+    bias, token_weights = make_bias(), token_weight_cases(SEQ, BATCH)[case]
+    expected = reference_nll(hidden, weight, labels, bias=bias)
+    nll = linear_cross_entropy(hidden, weight, labels, bias=bias, vocab_size=VOCAB, **split)
+    torch.testing.assert_close(nll, expected, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():  # as scoring does
+        assert torch.equal(linear_cross_entropy(hidden, weight, labels, bias=bias, vocab_size=VOCAB, **split), nll)
+    actual = gradients(nll, token_weights, hidden, weight, bias)
+    expected_gradients = gradients(expected, token_weights, hidden, weight, bias)
+    torch.testing.assert_close(actual, expected_gradients, rtol=1e-11, atol=1e-12)
+    nll = linear_cross_entropy(hidden.detach(), weight.detach(), labels, bias=bias, vocab_size=VOCAB, **split)
+    torch.testing.assert_close(gradients(nll, token_weights, bias)[0], actual[2], rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize("case", token_weight_cases(4, 2))
 def test_gradcheck(case):
     hidden, weight, labels = make_inputs(seq=4)
-    token_weights = token_weight_cases(4, 2)[case]
+    bias, token_weights = make_bias(), token_weight_cases(4, 2)[case]
+
+    def loss_with_bias(hidden, weight, bias):
+        return loss(hidden, weight, bias=bias, z_loss=0.1)
 
     def loss(hidden, weight, **options):
         options = {"vocab_size": VOCAB, "chunk_tokens": 3, "tile_entries": 4} | options
@@ -98,6 +125,7 @@ def test_gradcheck(case):
     # Its second backward makes the logits again, so it is the same up to rounding only.
     assert torch.autograd.gradcheck(loss_of_kept_logits, (hidden, weight), nondet_tol=1e-12)
     assert torch.autograd.gradcheck(loss_of_logits, (hidden, weight))
+    assert torch.autograd.gradcheck(loss_with_bias, (hidden, weight, bias))
 
 
 def test_only_the_gradient_that_is_wanted():
@@ -165,8 +193,8 @@ def test_bitwise_the_same_twice_and_inputs_unchanged(keep_logits_bytes):
 
 @pytest.mark.parametrize("keep_logits_bytes", [0, 1 << 20])
 @pytest.mark.parametrize("certain", [False, True])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_bf16_error_is_not_above_that_of_the_plain_bf16_path(weighted, certain, keep_logits_bytes):
+@pytest.mark.parametrize(("weighted", "biased"), [(False, False), (True, False), (True, True)])
+def test_bf16_error_is_not_above_that_of_the_plain_bf16_path(weighted, biased, certain, keep_logits_bytes):
     """Norms of the errors against fp64 on the same bf16 numbers. Plain: bf16 logits, then cross-entropy in fp32.
 
     In the certain case a label's probability is near 1: there the error of its logit must cancel, or nothing is left.
@@ -178,17 +206,20 @@ def test_bf16_error_is_not_above_that_of_the_plain_bf16_path(weighted, certain, 
     if certain:
         hidden.data += 0.3 * weight.data[labels.clamp(min=0)]
     token_weights = token_weight_cases(96, 2)["a third is zero"].float() if weighted else torch.ones(96, 2)
-    exact_hidden, exact_weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
-    exact_nll = reference_nll(exact_hidden, exact_weight, labels, 509)
+    bias = make_bias(torch.bfloat16, 512) if biased else None
+    inputs = [hidden, weight] + [bias] * biased
+    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    exact_hidden, exact_weight, *exact_bias = exact_inputs
+    exact_nll = reference_nll(exact_hidden, exact_weight, labels, 509, *exact_bias)
     assert (exact_nll.median() < 0.1) == certain
-    exact = exact_nll, *gradients(exact_nll, token_weights, exact_hidden, exact_weight)
-    logits = F.linear(hidden, weight)[..., :509].float().flatten(0, 1)
+    exact = exact_nll, *gradients(exact_nll, token_weights, *exact_inputs)
+    logits = F.linear(hidden, weight, bias)[..., :509].float().flatten(0, 1)
     plain_nll = F.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="none").view(labels.shape)
-    plain = plain_nll, *gradients(plain_nll, token_weights, hidden, weight)
+    plain = plain_nll, *gradients(plain_nll, token_weights, *inputs)
     options = {"chunk_tokens": 20, "tile_entries": 200, "keep_logits_bytes": keep_logits_bytes}
-    nll = linear_cross_entropy(hidden, weight, labels, vocab_size=509, **options)
+    nll = linear_cross_entropy(hidden, weight, labels, bias=bias, vocab_size=509, **options)
     assert nll.dtype == torch.float32
-    ours = nll, *gradients(nll, token_weights, hidden, weight)
+    ours = nll, *gradients(nll, token_weights, *inputs)
     for our, their, right in zip(ours, plain, exact, strict=True):
         assert (our - right).norm() <= bound * (their - right).norm()
 
@@ -215,6 +246,8 @@ def test_label_out_of_range_is_an_error(bad_label):
             {"weight": torch.zeros(PADDED, HIDDEN)},
             "weight: expected the dtype of hidden torch.float64, got torch.float32",
         ),
+        ({"bias": torch.zeros(PADDED - 1, dtype=torch.float64)}, "bias: expected .8., one for each row .*, got .7."),
+        ({"bias": torch.zeros(PADDED)}, "bias: expected the dtype of weight torch.float64, got torch.float32"),
         ({"vocab_size": PADDED + 1}, "vocab_size: expected 1 to 8 .*got 9"),
         ({"chunk_tokens": 0}, "chunk_tokens: expected 1 or more, got 0"),
         ({"tile_entries": -1}, "tile_entries: expected 1 or more, got -1"),

@@ -5,7 +5,7 @@ import torch
 from test_losses import gradients, make_inputs, reference_nll, token_weight_cases
 
 from megatron_tw.losses import linear_cross_entropy
-from megatron_tw.losses.weight_gradient import add_product_
+from megatron_tw.losses.parameter_gradient import add_product_
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 SIZES = {"seq": 96, "batch": 2, "width": 64, "vocab": 509, "padded": 512, "seed": 2}

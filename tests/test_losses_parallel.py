@@ -1,9 +1,11 @@
 """The loss on tensor-parallel gloo ranks equals the loss of full logits on one rank, in fp64: NLL and gradients."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
-from test_losses import gradients, make_inputs, reference_nll, token_weight_cases
+from test_losses import gradients, make_bias, make_inputs, reference_nll, token_weight_cases
 
 from megatron_tw.losses import linear_cross_entropy, vocab_parallel_cross_entropy
 
@@ -21,12 +23,18 @@ def assert_equal_to_full_logits(sequence_parallel):
     group = dist.group.WORLD
     row_bytes = 8 * SIZES["padded"] // dist.get_world_size()
     some_kept = {"chunk_tokens": 6, "tile_entries": 3, "keep_logits_bytes": 9 * row_bytes}
-    splits = ({"chunk_tokens": 1}, {"chunk_tokens": 6, "tile_entries": 3}, some_kept, {"keep_logits_bytes": 1 << 20})
+    splits: tuple[dict[str, Any], ...] = (
+        {"chunk_tokens": 1},
+        {"chunk_tokens": 6, "tile_entries": 3},
+        some_kept,
+        {"keep_logits_bytes": 1 << 20},
+    )
     for sizes, own_splits in ((SIZES, splits), (ALL_PADDING, (some_kept,))):
         hidden, weight, labels = make_inputs(**sizes)
         own_hidden = local_slice(hidden) if sequence_parallel else hidden
         own_weight = local_slice(weight)
         vocab = sizes["vocab"]
+        assert_bias_equals_full_logits(own_hidden, hidden, weight, labels, vocab, sequence_parallel, own_splits)
         expected_nll = reference_nll(hidden, weight, labels, vocab)
         for token_weights in token_weight_cases(SEQ, BATCH).values():
             expected_loss = (expected_nll * token_weights).sum()
@@ -55,6 +63,21 @@ def assert_equal_to_full_logits(sequence_parallel):
             (logits_grad,) = torch.autograd.grad((nll * token_weights).sum(), own_logits)
             weight_grad = torch.einsum("sbv,sbh->vh", logits_grad, hidden)
             torch.testing.assert_close(weight_grad, expected[1], rtol=1e-11, atol=1e-12)
+
+
+def assert_bias_equals_full_logits(own_hidden, hidden, weight, labels, vocab, sequence_parallel, splits):
+    bias = make_bias(padded=len(weight))
+    own_weight, own_bias = local_slice(weight), local_slice(bias)
+    expected_nll = reference_nll(hidden, weight, labels, vocab, bias)
+    token_weights = token_weight_cases(SEQ, BATCH)["a third is zero"]
+    expected_hidden, *expected = gradients(expected_nll, token_weights, hidden, weight, bias)
+    expected_hidden = local_slice(expected_hidden) if sequence_parallel else expected_hidden
+    options = {"tp_group": dist.group.WORLD, "sequence_parallel": sequence_parallel, "vocab_size": vocab}
+    for split in splits:
+        nll = linear_cross_entropy(own_hidden, own_weight, labels, bias=own_bias, **options, **split)
+        torch.testing.assert_close(nll, expected_nll, rtol=1e-12, atol=1e-12)
+        actual = gradients(nll, token_weights, own_hidden, own_weight, own_bias)
+        torch.testing.assert_close(actual, (expected_hidden, *map(local_slice, expected)), rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

@@ -60,11 +60,12 @@ def test_loss_with_kernels_equals_loss_without(monkeypatch, keep_logits_bytes):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(6, 1, 4, generator=generator).to(DEVICE).requires_grad_()
     weight = torch.randn(9, 4, generator=generator).to(DEVICE).requires_grad_()
+    bias = torch.randn(9, generator=generator).to(DEVICE).requires_grad_()
     labels = torch.tensor([3, 0, -100, 8, 1, 6], device=DEVICE)[:, None]
     results = []
     for operations in (triton_tiles, logit_tiles.PLAIN):
         monkeypatch.setattr("megatron_tw.losses.chunked_head.tile_operations", lambda *_, chosen=operations: chosen)
         options = {"vocab_size": 9, "chunk_tokens": 4, "tile_entries": 4, "keep_logits_bytes": keep_logits_bytes}
-        nll = linear_cross_entropy(hidden, weight, labels, **options)
-        results.append((nll.detach(), *torch.autograd.grad((nll * nll.detach()).sum(), (hidden, weight))))
+        nll = linear_cross_entropy(hidden, weight, labels, bias=bias, **options)
+        results.append((nll.detach(), *torch.autograd.grad((nll * nll.detach()).sum(), (hidden, weight, bias))))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)

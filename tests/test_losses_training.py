@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_losses import BATCH, SEQ, VOCAB, gradients, make_inputs, reference_nll, token_weight_cases
+from test_losses import BATCH, SEQ, VOCAB, gradients, make_bias, make_inputs, reference_nll, token_weight_cases
 from torch.utils.checkpoint import checkpoint
 
 from megatron_tw.losses import linear_cross_entropy
@@ -28,19 +28,20 @@ def add_main_grad(weight, dtype):
 
 @pytest.mark.parametrize("main_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", ["a third is zero", "all zero"])
-def test_weight_gradient_goes_into_main_grad(main_dtype, case):
+def test_gradients_of_weight_and_bias_go_into_main_grad(main_dtype, case):
     hidden, weight, labels = make_inputs(torch.float32)
-    token_weights = token_weight_cases(SEQ, BATCH)[case].float()
-    expected = 1 + 2 * gradients(reference_nll(hidden, weight, labels), token_weights, hidden, weight)[1]
-    seen = add_main_grad(weight, main_dtype)
+    bias, token_weights = make_bias(torch.float32), token_weight_cases(SEQ, BATCH)[case].float()
+    expected = gradients(reference_nll(hidden, weight, labels, bias=bias), token_weights, weight, bias)
+    seen = add_main_grad(weight, main_dtype), add_main_grad(bias, main_dtype)
     for _ in range(2):  # two micro-batches
-        nll = linear_cross_entropy(hidden, weight, labels, vocab_size=VOCAB, chunk_tokens=7)
+        nll = linear_cross_entropy(hidden, weight, labels, bias=bias, vocab_size=VOCAB, chunk_tokens=7)
         (nll * token_weights).sum().backward()
     tolerance = 1e-5 if main_dtype == torch.float32 else 2e-2  # two roundings to 8 bits
-    torch.testing.assert_close(weight.main_grad.float(), expected, rtol=tolerance, atol=tolerance)
-    assert weight.grad_added_to_main_grad
-    assert len(seen) == 2
-    assert all(grad is not None for grad in seen), "Megatron's overlapped reduction refuses a missing gradient"
+    for parameter, gradient, grads in zip((weight, bias), expected, seen, strict=True):
+        torch.testing.assert_close(parameter.main_grad.float(), 1 + 2 * gradient, rtol=tolerance, atol=tolerance)
+        assert parameter.grad_added_to_main_grad
+        assert len(grads) == 2
+        assert all(grad is not None for grad in grads), "Megatron's overlapped reduction refuses a missing gradient"
 
 
 @pytest.mark.parametrize("case", ["random", "all zero"])

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megatron_tw.losses.logit_tiles import tile_operations
+from megatron_tw.losses.parameter_gradient import ParameterGradient, add_product_
+from megatron_tw.losses.projection import Projection
 from megatron_tw.losses.row_exchange import RowExchange, choose_rows
 from megatron_tw.losses.vocab_shard import VocabShard, combine_shards
-from megatron_tw.losses.weight_gradient import WeightGradient, add_product_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,20 +62,22 @@ class _Chunk:
 
 
 class ChunkedHeadFunction(torch.autograd.Function):
-    """(hidden, weight, labels, head) -> loss of each token, [S, B] in head.sum_dtype."""
+    """(hidden, weight, bias or None, labels, head) -> loss of each token, [S, B] in head.sum_dtype."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, labels_SB: Tensor, head: ChunkedHead) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels_SB: Tensor, head: ChunkedHead
+    ) -> Tensor:
         hidden_LH = hidden.flatten(0, 1)
         labels_GL = labels_SB.reshape(head.exchange.num_shards, len(hidden_LH))
-        weight_VH = weight[: head.shard.size].to(head.gemm_dtype)
+        projection = Projection.of_shard(weight, bias, size=head.shard.size, dtype=head.gemm_dtype)
         labelled_GL = labels_GL != head.ignore_index
         index_GR = choose_rows(labelled_GL)
         kept_chunks = [_Chunk(index_GC) for index_GC in head.chunks(index_GR[:, : head.kept_rows])]
         chunks = kept_chunks + [_Chunk(index_GC) for index_GC in head.chunks(index_GR[:, head.kept_rows :])]
         gathered = head.exchange.gather_chunks(hidden_LH, [chunk.index_GC for chunk in chunks])
         statistics_3GC = [
-            _forward_chunk(chunk, position < len(kept_chunks), hidden_MH, weight_VH, labels_GL, head)
+            _forward_chunk(chunk, position < len(kept_chunks), hidden_MH, projection, labels_GL, head)
             for position, (chunk, hidden_MH) in enumerate(zip(chunks, gathered, strict=True))
         ]
         # Rows without a label: a log-sum-exp of +inf makes their softmax 0, whatever their logits.
@@ -84,11 +87,11 @@ class ChunkedHeadFunction(torch.autograd.Function):
             lse_GR, target_GR = combine_shards(torch.cat(statistics_3GC, dim=2), head.exchange.tp_group)
             lse_GL.scatter_(1, index_GR, lse_GR).masked_fill_(~labelled_GL, torch.inf)
             target_GL.scatter_(1, index_GR, target_GR)
-        ctx.save_for_backward(hidden, weight, labels_GL, lse_GL, target_GL)
+        ctx.save_for_backward(hidden, weight, bias, labels_GL, lse_GL, target_GL)  # type: ignore[arg-type]
         ctx.head, ctx.kept_chunks = head, kept_chunks  # type: ignore[attr-defined]
-        # The Parameter itself, for main_grad and Megatron's marks on it: unpacking a saved tensor may give another
+        # The Parameters themselves, for main_grad and Megatron's marks on it: unpacking a saved tensor may give another
         # object.
-        ctx.parameter = weight  # type: ignore[attr-defined]
+        ctx.parameters = weight, bias  # type: ignore[attr-defined]
         loss_GL = lse_GL - target_GL
         if head.z_loss:
             loss_GL += head.z_loss * lse_GL**2
@@ -97,10 +100,10 @@ class ChunkedHeadFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_SB: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels_GL, lse_GL, target_GL = ctx.saved_tensors  # type: ignore[attr-defined]
+        hidden, weight, bias, labels_GL, lse_GL, target_GL = ctx.saved_tensors  # type: ignore[attr-defined]
         head: ChunkedHead = ctx.head  # type: ignore[attr-defined]
-        wants_hidden, wants_weight, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
-        weight_VH = weight[: head.shard.size].to(head.gemm_dtype)
+        wants_hidden, *wants_parameters = ctx.needs_input_grad[:3]  # type: ignore[attr-defined]
+        projection = Projection.of_shard(weight, bias, size=head.shard.size, dtype=head.gemm_dtype)
         grad_GL = grad_SB.reshape(labels_GL.shape).to(head.sum_dtype).masked_fill(labels_GL == head.ignore_index, 0.0)
         # Kept logits are overwritten: a second backward through this node makes them again.
         kept_chunks, ctx.kept_chunks = ctx.kept_chunks, []  # type: ignore[attr-defined]
@@ -110,7 +113,10 @@ class ChunkedHeadFunction(torch.autograd.Function):
             softmax_scale_GL = torch.where(grad_GL == 0, 0.0, grad_GL * (1 + 2 * head.z_loss * lse_GL))
         rows_GL = (labels_GL, target_GL, lse_GL, softmax_scale_GL, grad_GL)
         grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if wants_hidden else None
-        weight_gradient = WeightGradient(ctx.parameter, head.sum_dtype) if wants_weight else None  # type: ignore[attr-defined]
+        weight_gradient, bias_gradient = (
+            ParameterGradient(parameter, head.sum_dtype) if wanted else None
+            for parameter, wanted in zip(ctx.parameters, wants_parameters, strict=True)  # type: ignore[attr-defined]
+        )
         own_shard = head.exchange.own_shard
         reducing: tuple[Tensor, Tensor, dist.Work | None] | None = None
         with torch.autocast(hidden.device.type, enabled=False):
@@ -119,26 +125,31 @@ class ChunkedHeadFunction(torch.autograd.Function):
                 rows_M = [tensor_GL.gather(1, chunk.index_GC).flatten() for tensor_GL in rows_GL]
                 for scale_GL in (softmax_scale_GL, grad_GL):  # once for each row: it may fill up a later chunk
                     scale_GL.scatter_(1, chunk.index_GC, 0.0)
-                grad_MH = _backward_chunk(chunk, rows_M, hidden_MH, weight_VH, weight_gradient, wants_hidden, head)
+                grad_MH = _backward_chunk(
+                    chunk, rows_M, hidden_MH, projection, weight_gradient, bias_gradient, wants_hidden, head
+                )
                 if grad_hidden is None:
                     continue
                 _finish_reduce(reducing, grad_hidden)  # the chunk before this one: its reduction had a chunk's time
                 grad_CH, work = head.exchange.start_reduce(grad_MH.to(head.gemm_dtype))
                 reducing = chunk.index_GC[own_shard], grad_CH, work
             _finish_reduce(reducing, grad_hidden)
-        return grad_hidden, None if weight_gradient is None else weight_gradient.finish(), None, None
+        parameter_grads = [
+            None if gradient is None else gradient.finish() for gradient in (weight_gradient, bias_gradient)
+        ]
+        return grad_hidden, *parameter_grads, None, None
 
 
 def _forward_chunk(
-    chunk: _Chunk, keep: bool, hidden_MH: Tensor, weight_VH: Tensor, labels_GL: Tensor, head: ChunkedHead
+    chunk: _Chunk, keep: bool, hidden_MH: Tensor, projection: Projection, labels_GL: Tensor, head: ChunkedHead
 ) -> Tensor:
     """Maximum, sum of exp(logit - maximum) and label's logit of a chunk over this vocabulary shard, [3, G, C]."""
     operations = tile_operations(hidden_MH.device, head.sum_dtype)
     label_M, here_M = head.shard.local(labels_GL.gather(1, chunk.index_GC).flatten())
-    target_M = _label_logits(hidden_MH, weight_VH, label_M, head.sum_dtype) * here_M
+    target_M = projection.label_logits(hidden_MH, label_M, head.sum_dtype) * here_M
     label_M = torch.where(here_M, label_M, -1)
     max_M, sum_M = torch.full_like(target_M, -torch.inf), torch.zeros_like(target_M)
-    for block, tile_MB, _ in _logit_tiles(hidden_MH, weight_VH, head, fresh=keep):
+    for block, tile_MB, _ in _logit_tiles(hidden_MH, projection, head, fresh=keep):
         operations.add_statistics_(tile_MB, label_M - block.start, target_M, max_M, sum_M, keep=keep)
         if keep:
             chunk.kept.append((tile_MB, max_M.clone()))
@@ -149,31 +160,34 @@ def _backward_chunk(
     chunk: _Chunk,
     rows_M: list[Tensor],
     hidden_MH: Tensor,
-    weight_VH: Tensor,
-    weight_gradient: WeightGradient | None,
+    projection: Projection,
+    weight_gradient: ParameterGradient | None,
+    bias_gradient: ParameterGradient | None,
     wants_hidden: bool,
     head: ChunkedHead,
 ) -> Tensor:
-    """Adds to the weight's gradient; returns that of the chunk's hidden states from this vocabulary shard, [M, H]."""
+    """Adds to the gradients of weight and bias; returns that of the hidden states from this shard, [M, H]."""
     operations = tile_operations(hidden_MH.device, head.sum_dtype)
     labels_M, target_M, lse_M, softmax_scale_M, label_scale_M = rows_M
     label_M, here_M = head.shard.local(labels_M)
     label_M = torch.where(here_M, label_M, -1)
     grad_MH = torch.zeros_like(hidden_MH, dtype=head.sum_dtype)
-    tiles = _kept_tiles(chunk, head) if chunk.kept else _logit_tiles(hidden_MH, weight_VH, head)
+    tiles = _kept_tiles(chunk, head) if chunk.kept else _logit_tiles(hidden_MH, projection, head)
     for block, tile_MB, shift_M in tiles:
         operations.logit_gradient_(
             tile_MB, label_M - block.start, target_M, lse_M, softmax_scale_M, label_scale_M, shift_M
         )
         if wants_hidden:
-            add_product_(grad_MH, tile_MB, weight_VH[block])
+            add_product_(grad_MH, tile_MB, projection.weight_VH[block])
         if weight_gradient is not None:
-            weight_gradient.add(block, tile_MB, hidden_MH)
+            add_product_(weight_gradient.entries(block), tile_MB.T, hidden_MH)
+        if bias_gradient is not None:
+            bias_gradient.entries(block).add_(tile_MB.sum(dim=0, dtype=head.sum_dtype))
     return grad_MH
 
 
 def _logit_tiles(
-    hidden_MH: Tensor, weight_VH: Tensor, head: ChunkedHead, *, fresh: bool = False
+    hidden_MH: Tensor, projection: Projection, head: ChunkedHead, *, fresh: bool = False
 ) -> Iterator[tuple[slice, Tensor, None]]:
     """The blocks of the vocabulary and their logits: in one buffer one after the other, or with `fresh` each in its own
     memory."""
@@ -182,7 +196,7 @@ def _logit_tiles(
     for block in blocks:
         width = block.stop - block.start
         tile_MB = hidden_MH.new_empty(num_rows, width) if fresh else buffer[: num_rows * width].view(num_rows, width)
-        torch.mm(hidden_MH, weight_VH[block].T, out=tile_MB)
+        projection.logits_(hidden_MH, block, tile_MB)
         yield block, tile_MB, None
 
 
@@ -194,18 +208,6 @@ def _kept_tiles(chunk: _Chunk, head: ChunkedHead) -> Iterator[tuple[slice, Tenso
         if chunk.selected_M is not None:
             tile_MB, shift_M = tile_MB[chunk.selected_M], shift_M[chunk.selected_M]
         yield block, tile_MB, shift_M
-
-
-def _label_logits(hidden_MH: Tensor, weight_VH: Tensor, label_M: Tensor, dtype: torch.dtype) -> Tensor:
-    """Dot products of hidden states with their labels' rows, in fp32 or better.
-
-    A GEMM in low precision rounds what it writes. NLL differences of long and short contexts would show that for the
-    label's logit. This one replaces it in the tile too: where the label is almost certain, its share of the log-sum-exp
-    must cancel against it.
-    """
-    if len(weight_VH) == 0:
-        return hidden_MH.new_zeros(len(hidden_MH), dtype=dtype)
-    return (hidden_MH.to(dtype) * weight_VH[label_M].to(dtype)).sum(dim=1)
 
 
 def _chosen_chunks(grad_GL: Tensor, kept_chunks: list[_Chunk], head: ChunkedHead) -> list[_Chunk]:

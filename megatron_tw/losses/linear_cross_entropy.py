@@ -26,6 +26,7 @@ def linear_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     *,
+    bias: Tensor | None = None,
     tp_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
     ignore_index: int = -100,
@@ -35,16 +36,18 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     tile_entries: int | None = None,
 ) -> Tensor:
-    """Negative log-likelihood of each label under softmax(hidden @ weight.T), in natural log.
+    """Negative log-likelihood of each label under softmax(hidden @ weight.T + bias), in natural log.
 
     Equals Megatron's output layer followed by a vocab-parallel cross-entropy, gradients included: that of `hidden` is
-    summed over `tp_group`, that of `weight` is the local shard's, added to Megatron's `main_grad` if `weight` has one.
+    summed over `tp_group`, those of `weight` and `bias` are the local shard's, added to Megatron's `main_grad` where
+    they have one.
 
     Args:
         hidden: [seq, batch, hidden], the same on all ranks of `tp_group`; [seq / tp, batch, hidden] with
             `sequence_parallel`.
         weight: [vocab / tp, hidden], this rank's rows of the output embedding; dtype of `hidden`.
         labels: [seq, batch] int64 of the full local sequence, the same on all ranks of `tp_group`.
+        bias: [vocab / tp], this rank's entries of the output bias; dtype of `weight`. None: no bias.
         tp_group: the ranks among which the vocabulary is split, in rank order; None: it is not split.
         ignore_index: label of tokens with NLL 0 and no gradient.
         vocab_size: true size of the vocabulary; padding rows beyond it are left out of the softmax. None: no padding.
@@ -65,12 +68,14 @@ def linear_cross_entropy(
     """
     shard = VocabShard.of_rank(len(weight), vocab_size, tp_group)
     num_shards = tp_group.size() if sequence_parallel and tp_group is not None else 1
-    _check_shapes(hidden, weight, labels, num_shards)
+    _check_shapes(hidden, weight, bias, labels, num_shards)
     check_labels(labels, shard.total, ignore_index)
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
     if not autocast and hidden.dtype != weight.dtype:
         raise ValueError(f"weight: expected the dtype of hidden {hidden.dtype}, got {weight.dtype}")
+    if bias is not None and bias.dtype != weight.dtype:
+        raise ValueError(f"bias: expected the dtype of weight {weight.dtype}, got {bias.dtype}")
     gemm_dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     chunk_tokens = CHUNK_TOKENS.get(device, 4096) if chunk_tokens is None else chunk_tokens
     if tile_entries is None:
@@ -82,7 +87,8 @@ def linear_cross_entropy(
     ):
         if value < least:
             raise ValueError(f"{name}: expected {least} or more, got {value}")
-    for_backward = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    inputs = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
+    for_backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     row_bytes = num_shards * len(weight) * gemm_dtype.itemsize
     head = ChunkedHead(
         shard=shard,
@@ -98,11 +104,11 @@ def linear_cross_entropy(
         kept_rows=keep_logits_bytes // row_bytes if for_backward else 0,
     )
     with torch.autocast(device, enabled=False):  # every dtype is chosen above
-        loss: Tensor = ChunkedHeadFunction.apply(hidden, weight, labels, head)
+        loss: Tensor = ChunkedHeadFunction.apply(hidden, weight, bias, labels, head)
     return loss
 
 
-def _check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, num_shards: int) -> None:
+def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, num_shards: int) -> None:
     if labels.dim() != 2:
         raise ValueError(f"labels: expected [seq, batch], got shape {list(labels.shape)}")
     seq, batch = labels.shape
@@ -114,3 +120,5 @@ def _check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, num_shards: in
             f"hidden: expected {list(expected)} for labels {list(labels.shape)}, weight {list(weight.shape)} and "
             f"{num_shards} sequence-parallel shards, got {list(hidden.shape)}"
         )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected {list(weight.shape[:1])}, one for each row of weight, got {list(bias.shape)}")

@@ -1,7 +1,4 @@
-"""Gradient of the output weight, summed over chunks of tokens, and Megatron's bookkeeping of it.
-
-Shape suffixes: V true vocabulary entries of this rank, H hidden size, M tokens, B vocabulary entries of a tile.
-"""
+"""Gradient of the output weight or bias, summed over chunks of tokens, and Megatron's bookkeeping of it."""
 
 import functools
 
@@ -35,32 +32,32 @@ def _gemm_adds_to_fp32(dtype: torch.dtype) -> bool:
     return bool((total == 17).all())
 
 
-class WeightGradient:
-    """Sums in fp32 or better; straight into Megatron's `main_grad`, where the weight has one in fp32."""
+class ParameterGradient:
+    """Sums in fp32 or better; straight into Megatron's `main_grad`, where the parameter has one in fp32."""
 
-    def __init__(self, weight: Tensor, sum_dtype: torch.dtype) -> None:
-        self._weight, self._sum_dtype = weight, sum_dtype
+    def __init__(self, parameter: Tensor, sum_dtype: torch.dtype) -> None:
+        self._parameter, self._sum_dtype = parameter, sum_dtype
         # Set by Megatron's DistributedDataParallel. Its FSDP makes main_grad on demand: there, return the gradient.
-        main_grad = getattr(weight, "main_grad", None)
-        self._has_main_grad = hasattr(weight, "grad_added_to_main_grad") and main_grad is not None
-        self._sum_VH: Tensor | None = None
+        main_grad = getattr(parameter, "main_grad", None)
+        self._has_main_grad = hasattr(parameter, "grad_added_to_main_grad") and main_grad is not None
+        self._sum: Tensor | None = None
         if self._has_main_grad and main_grad.dtype in (torch.float32, torch.float64):  # type: ignore[union-attr]
-            self._sum_VH = main_grad
+            self._sum = main_grad
 
-    def add(self, entries: slice, grad_MB: Tensor, hidden_MH: Tensor) -> None:
-        """Adds the gradient of some vocabulary entries from the gradient of their logits."""
-        if self._sum_VH is None:
-            self._sum_VH = torch.zeros(self._weight.shape, dtype=self._sum_dtype, device=grad_MB.device)
-        add_product_(self._sum_VH[entries], grad_MB.T, hidden_MH)
+    def entries(self, entries: slice) -> Tensor:
+        """The sum so far of some vocabulary entries, to be added to: [entries] or [entries, hidden]."""
+        if self._sum is None:
+            self._sum = torch.zeros(self._parameter.shape, dtype=self._sum_dtype, device=self._parameter.device)
+        return self._sum[entries]
 
     def finish(self) -> Tensor:
         """The gradient for autograd; with `main_grad` a stand-in for Megatron's hooks, as its own layers return."""
         if not self._has_main_grad:
-            return torch.zeros_like(self._weight) if self._sum_VH is None else self._sum_VH.to(self._weight.dtype)
-        main_grad: Tensor = self._weight.main_grad  # type: ignore[attr-defined]
-        if self._sum_VH is not None and self._sum_VH is not main_grad:
-            main_grad.add_(self._sum_VH)
-        self._weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+            return torch.zeros_like(self._parameter) if self._sum is None else self._sum.to(self._parameter.dtype)
+        main_grad: Tensor = self._parameter.main_grad  # type: ignore[attr-defined]
+        if self._sum is not None and self._sum is not main_grad:
+            main_grad.add_(self._sum)
+        self._parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         # Megatron sets zero_out_wgrad on tied embeddings: there the stand-in is added to the embedding's gradient.
-        tied = getattr(self._weight, "zero_out_wgrad", False)
-        return torch.zeros_like(self._weight) if tied else torch.empty_like(self._weight)
+        tied = getattr(self._parameter, "zero_out_wgrad", False)
+        return torch.zeros_like(self._parameter) if tied else torch.empty_like(self._parameter)
