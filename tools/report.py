@@ -49,7 +49,10 @@ def build_parser() -> ToolParser:
     )
     models.add_argument("--base", type=text, metavar="NAME", help="model before the extension [base, if it is there]")
     models.add_argument(
-        "--old-context", type=int, metavar="n", help="context before the extension, in tokens [the shortest that an evaluated model had]"
+        "--old-context",
+        type=int,
+        metavar="n",
+        help="tokens of the context before the extension [the shortest that a model had]",
     )
     key = parser.add_argument_group("Key tokens", "Targets that the long context helps.")
     key.add_argument(

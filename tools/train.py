@@ -16,10 +16,12 @@ def main(argv: Sequence[str]) -> None:
     config = load_config(argv, prog="tools/train.py", description="Extend a model's context window.")
     with user_errors():
         check_config(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))  # from the launcher
+        from megatron_tw.parallel.contact import lost_ranks_named
         from megatron_tw.parallel.layout import stop_process_group
         from megatron_tw.training.loop import train  # after the checks: it imports torch and Megatron-Core
 
-        run = train(config)
+        with lost_ranks_named(config.parallel.distributed_timeout_minutes):
+            run = train(config)
         stop_process_group()
     if run.interrupted:
         sys.exit(INTERRUPTED)  # like a program that Ctrl-C ended, so that a script does not go on to its next line

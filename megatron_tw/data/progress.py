@@ -52,7 +52,8 @@ class Progress:
         """So many more units are done."""
         self._done += units
         self._bar.update(units)
-        if self._lines and time.monotonic() - self._told >= SECONDS_BETWEEN_LINES:
+        finished = self._done == self._total  # the last line comes at the end
+        if self._lines and not finished and time.monotonic() - self._told >= SECONDS_BETWEEN_LINES:
             self._told = time.monotonic()
             self._say()
 

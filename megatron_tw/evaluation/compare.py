@@ -101,8 +101,8 @@ def compare(
     Args:
         results: the evaluations by the models' names, in the order of the table.
         key: one fixed set for all of them.
-        old_context: n, tokens of the context before the extension (None: the shortest that a model's evaluation names and
-            that is shorter than the rows, else the key tokens' short window).
+        old_context: n, tokens of the context before the extension (None: the shortest that a model's evaluation
+            names and that is shorter than the rows, else the key tokens' short window).
         reference: the model that the others are compared to (None: "uniform" if there is one, else the first).
         base: the model before the extension (None: "base" if there is one).
 

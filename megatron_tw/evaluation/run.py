@@ -18,6 +18,7 @@ from megatron_tw.data.progress import Progress
 from megatron_tw.data.rows import TokenRows
 from megatron_tw.evaluation.result import EvaluationHeader, EvaluationResult
 from megatron_tw.model.forward import ShortWindowForward, long_nll
+from megatron_tw.parallel.contact import now_at
 from megatron_tw.parallel.devices import Device
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.runtime.opening import join_world, open_model, open_rows
@@ -115,6 +116,7 @@ def nll_of_rows(
     parts: list[list[Tensor]] = []
     with Progress(what, len(passes), "passes", show=layout.reports, keep=keep_bar) as progress:
         for first in passes:
+            now_at(f"{what}, row {first * layout.dp_size}")
             # Rows past the end stand in for nothing and are dropped below.
             mine = [min((first + i) * layout.dp_size + layout.dp_rank, num_rows - 1) for i in range(rows_per_pass)]
             tokens_RN = torch.from_numpy(np.stack([rows[row] for row in mine])).to(device.device)

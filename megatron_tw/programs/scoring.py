@@ -25,6 +25,7 @@ from megatron_tw.model.architecture import Architecture
 from megatron_tw.model.forward import ShortWindowForward
 from megatron_tw.model.gpt import TokenWeightedGPT
 from megatron_tw.model.huggingface import SafetensorsFolder, expected_tensors
+from megatron_tw.parallel.contact import now_at
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.runtime.lock import hold_folder
 from megatron_tw.runtime.opening import join_world, open_model
@@ -122,6 +123,7 @@ def _score_parts(
         for part in mine:
             nlls, first, last = [], parts.rows_of(part).start, parts.rows_of(part).stop
             for start in range(first, last, rows_at_once):
+                now_at(f"scoring, row {start}")
                 index = range(start, min(start + rows_at_once, last))
                 tokens_RN = torch.from_numpy(np.stack([rows[row] for row in index])).to(device)
                 short_RT = forward.short_nll(chunks, tokens_RN)

@@ -9,6 +9,7 @@ import torch
 from megatron_tw.config import RunConfig, differences
 from megatron_tw.data.loader import Loader, RowOrder
 from megatron_tw.model.build import build_model, save_hf
+from megatron_tw.parallel.contact import now_at
 from megatron_tw.parallel.devices import Device, peak_memory_bytes
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.runtime.checkpoint import CONFIG_FILE, save_checkpoint
@@ -146,11 +147,13 @@ class Run:
         try:
             with Exits(config.train, self.step.device) as exits:
                 while self.iteration < last:
+                    now_at(f"step {self.iteration + 1}")
                     metrics = self.step(next(self.loader), self.iteration)
                     self.iteration += 1
                     if self.validation is not None and (
                         self.iteration % self.validation.interval == 0 or self.iteration == last
                     ):
+                        now_at(f"the held-out rows after step {self.iteration}")
                         metrics |= self.validation.metrics(self.step.model)
                     if log is not None:
                         log.write(self._with_run_metrics(metrics))
@@ -158,6 +161,7 @@ class Run:
                     interval = config.checkpoint.save_interval
                     due = interval is not None and self.iteration % interval == 0
                     if config.checkpoint.save is not None and (due or reason or self.iteration == last):
+                        now_at(f"the checkpoint of step {self.iteration}")
                         directory = self._save()
                         if log is not None:
                             log.say(f"checkpoint: {directory}")
@@ -170,6 +174,7 @@ class Run:
             if log is not None:
                 log.close()
         if config.checkpoint.save_hf is not None and self.iteration == last:
+            now_at("the export")
             self._export(config.checkpoint.save_hf)
 
     def _open_log(self) -> MetricsLog | None:
