@@ -26,7 +26,7 @@ with Progress("scoring", 3, "rows", show=True) as progress:
 @pytest.mark.parametrize("columns", [0, 60])
 def test_a_terminal_shows_a_bar(columns: int) -> None:
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 0, columns, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", columns // 3, columns, 0, 0))
     subprocess.run([sys.executable, "-c", WORK], stderr=theirs, check=True)
     os.set_blocking(ours, False)
     shown = ""

@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from megatron_tw.weighting import (
+    PRESETS,
     ExactConfig,
     WeightingConfig,
     check_finite,
-    config,
     ties,
     token_weights,
     unfrozen_short_nll,
 )
+from megatron_tw.weighting.schemes import pipeline
 
 NUM_ROWS, NUM_TARGETS = 3, 255
 PRESET_OF_VARIANT: dict[str, tuple[str | None, dict]] = {
@@ -88,7 +89,7 @@ def test_masked_targets_do_not_exist(preset, arrays):
         torch.testing.assert_close(weights[row, kept], alone[0], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("preset", config.PRESETS)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_row_without_a_valid_target(preset, arrays):
     valid = torch.ones(NUM_ROWS, NUM_TARGETS)
     valid[1] = 0
@@ -165,7 +166,7 @@ def test_kappa_counts_valid_targets(kappa, num_valid, expected, arrays):
 
 def test_no_gradient_and_no_change_of_inputs(arrays):
     long_nll, short_nll = arrays["long_nll"].clone().requires_grad_(), arrays["short_nll"].clone()
-    for preset in config.PRESETS:
+    for preset in PRESETS:
         assert not token_weights(long_nll, short_nll, WeightingConfig.preset(preset)).requires_grad
     assert torch.equal(long_nll, arrays["long_nll"])
     assert torch.equal(short_nll, arrays["short_nll"])
@@ -211,11 +212,11 @@ def test_check_finite_names_the_place():
 
 
 def test_docstring_examples():
-    assert doctest.testmod(config) == (0, 1)
+    assert doctest.testmod(pipeline) == (0, 1)
 
 
 def test_which_schemes_need_a_scorer():
-    needed = {name for name in config.PRESETS if WeightingConfig.preset(name).needs_scorer}
+    needed = {name for name in PRESETS if WeightingConfig.preset(name).needs_scorer}
     assert needed == {"dense", "sparse", "longce", "ppmi", "npmi", "rho1"}
     assert not WeightingConfig.preset("dense", interpolation=1.0).needs_scorer
     assert (token_weights(torch.rand(2, 9), None, WeightingConfig.preset("uniform")) == 1).all()

@@ -1,12 +1,14 @@
 import doctest
-from typing import get_args, get_type_hints
+import re
 
 import pytest
 import torch
 
-from megatron_tw.config import WeightingOptions
+from megatron_tw.config import RunConfig, WeightingOptions
+from megatron_tw.config.options import options_of
 from megatron_tw.weighting import PRESETS, ExactConfig, WeightingConfig, parse_schedule, schedule, token_weights
-from megatron_tw.weighting.options import check_tail, schedule_from_options
+from megatron_tw.weighting.options import schedule_from_options
+from megatron_tw.weighting.schemes import SCHEMES
 
 UNIFORM = WeightingConfig.preset("uniform")
 LONG_NLL, SHORT_NLL = torch.rand(2, 2, 40, generator=torch.Generator().manual_seed(0)) * 5
@@ -173,14 +175,15 @@ def test_no_target_is_left_out_where_uniform_is_mixed_in():
 
 
 def test_the_tail_of_exact_lies_within_the_row():
-    check_tail(parse_schedule("0: exact tau=255"), 256)
+    parse_schedule("0: exact tau=255").check_rows(256)
     with pytest.raises(ValueError, match="--tau: expected less than the 256 tokens of a row, got 256"):
-        check_tail(parse_schedule("0: uniform; 9: exact tau=256"), 256)
+        parse_schedule("0: uniform; 9: exact tau=256").check_rows(256)
 
 
 def test_every_preset_can_be_asked_for():
-    names = get_args(get_type_hints(WeightingOptions)["weighting"])
-    assert names == (*PRESETS, "custom")
+    assert tuple(SCHEMES) == (*PRESETS, "custom")
+    help_text = options_of(RunConfig)["weighting"].help
+    assert all(re.search(rf"\b{name}\b", help_text) for name in SCHEMES)
     assert not any(
         scheme.may_be_negative
         for name in PRESETS

@@ -1,8 +1,10 @@
 """Options of tools/convert_checkpoint.py."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from megatron_tw.config.checks import check_model, check_parallel
+from megatron_tw.config.options import flag
 from megatron_tw.config.schema import ModelConfig, ParallelConfig, ShardingConfig
 
 
@@ -50,5 +52,13 @@ def check_conversion(config: ConversionConfig, world_size: int) -> None:
         raise ValueError("expected --load with --save-hf, or --load-hf with --save, and nothing of the other pair")
     if options.seq_length is not None and options.seq_length < 2:
         raise ValueError(f"--seq-length: expected 2 or more, got {options.seq_length}")
+    (source, target), (source_name, target_name) = (
+        given[0],
+        ("load", "save_hf") if options.load else ("load_hf", "save"),
+    )
+    if Path(str(source)).resolve() == Path(str(target)).resolve():
+        raise ValueError(
+            f"{flag(target_name)}: expected another folder than {flag(source_name)}, got {target} for both"
+        )
     check_parallel(config.layout, world_size)
     check_model(config.model)

@@ -57,7 +57,7 @@ def parse_options(argv: Sequence[str], schema: type[Schema], *, prog: str = "", 
         _check_yaml(file, options)
     origins = _files_of_values(files, flags, options)
     remember_options({}, origins)
-    arguments = [f"--config={_with_schedule_as_text(file)}" for file in files] + _join_lists(flags, options)
+    arguments = [f"--config={_as_flags_take_it(file)}" for file in files] + _join_lists(flags, options)
     try:
         values = vars(parser.parse_args(arguments))
     except ArgumentError as error:
@@ -176,8 +176,10 @@ def _check_flags(flags: Sequence[str], options: dict[str, Option]) -> None:
 def _check_yaml(file: str, options: dict[str, Option]) -> None:
     """Unknown and repeated keys, wrong nulls and booleans, with their line: of these jsonargparse has less to say."""
     try:
-        root = yaml.compose(Path(file).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = Path(file).read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        yaml.safe_load(text)  # tags and keys that only show when values are made
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"--config {file}: not a YAML file: {error}") from None
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(
@@ -195,22 +197,36 @@ def _check_yaml(file: str, options: dict[str, Option]) -> None:
         option = options[name]
         if (is_null and not option.nullable) or (option.type is bool and not is_bool and not is_null):
             raise ValueError(f"{place}: {name}: expected {option.expected}, got {value.value or 'null'}")
+        if isinstance(value, yaml.MappingNode):
+            _check_repeated(file, name, value)
 
 
-def _with_schedule_as_text(file: str) -> str:
-    """The YAML file's name; or, where weighting_schedule is a list of stages or a mapping, its content with the one
-    text that the flag takes."""
+def _check_repeated(file: str, option: str, mapping: yaml.MappingNode) -> None:
+    """A key twice in the mapping of an option, of which YAML would take the last."""
+    seen = set()
+    for key, _ in mapping.value:
+        name = str(key.value)
+        if name in seen:
+            raise ValueError(f"--config {file}, line {key.start_mark.line + 1}: {option}: {name} is set twice")
+        seen.add(name)
+
+
+def _as_flags_take_it(file: str) -> str:
+    """The YAML file's name; or, where weighting_schedule is a list of stages or a mapping, or weighting_parameters a
+    mapping, its content with the texts that the flags take."""
     content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    schedule = content.get("weighting_schedule")
-    if not isinstance(schedule, list | dict):
-        return file
-    entries = schedule if isinstance(schedule, list) else [schedule]
-    stages = [
-        f"{step}: {scheme}"
-        for entry in entries
-        for step, scheme in (entry.items() if isinstance(entry, dict) else [str(entry).partition(":")[::2]])
-    ]
-    return yaml.safe_dump({**content, "weighting_schedule": "; ".join(stages)}, sort_keys=False)
+    texts: dict[str, Any] = {}
+    schedule, parameters = content.get("weighting_schedule"), content.get("weighting_parameters")
+    if isinstance(schedule, list | dict):
+        stages = [
+            f"{step}: {scheme}"
+            for entry in (schedule if isinstance(schedule, list) else [schedule])
+            for step, scheme in (entry.items() if isinstance(entry, dict) else [str(entry).partition(":")[::2]])
+        ]
+        texts["weighting_schedule"] = "; ".join(stages)
+    if isinstance(parameters, dict):
+        texts["weighting_parameters"] = [f"{name}={number}" for name, number in parameters.items()]
+    return yaml.safe_dump({**content, **texts}, sort_keys=False) if texts else file
 
 
 def _check_values(values: dict[str, Any], options: dict[str, Option]) -> None:

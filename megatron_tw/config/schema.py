@@ -192,14 +192,14 @@ class OptimizationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightingOptions:
-    """Token weights: a preset and what differs from it. Null is the preset's value, or no such step if custom."""
+    """Token weights: a scheme and what differs from it. Null is the scheme's value, or no such step if custom."""
 
-    weighting: Literal["uniform", "dense", "sparse", "longce", "ppmi", "npmi", "rho1", "exact", "custom"] = "uniform"
-    """Preset, or custom for a scheme made of the options below."""
+    weighting: str = "uniform"
+    """Scheme: uniform, dense, sparse, longce, ppmi, npmi, rho1, exact, or custom for one made of the options below."""
     weighting_schedule: str | None = None
     """Stages "STEP: SCHEME NAME=NUMBER ..." separated by ";", "STEP linear: ..." or "STEP cosine: ..." to move there;
-    SCHEME
-    is a preset or base, the scheme of the other options. Example: "0: uniform; 100 linear: base; 300: sparse"."""
+    SCHEME is a name as above, or base for the scheme of the other options. Example: "0: uniform; 100 linear: base; 300:
+    sparse"."""
     comparison: Literal["difference", "quotient"] | None = None
     """Score from long and short NLL: their difference or their quotient."""
     transforms: tuple[str, ...] | None = None
@@ -220,6 +220,8 @@ class WeightingOptions:
     """How much exact favours rare context lengths."""
     tau: float | None = None
     """Least context, in tokens, of the targets that exact favours."""
+    weighting_parameters: tuple[str, ...] | None = None
+    """The scheme's numbers that have no flag, each as NAME=NUMBER; in YAML also a mapping."""
 
 
 @dataclass(frozen=True, kw_only=True)

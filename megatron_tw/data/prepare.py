@@ -23,7 +23,7 @@ import numpy.typing as npt
 from megatron_tw.data.documents import Document, expand_inputs, read_documents
 from megatron_tw.data.files import new_folder
 from megatron_tw.data.progress import Progress
-from megatron_tw.data.rows import TOKENIZER_DIR, RowCounts, RowsHeader, RowsWriter, TokenizerInfo
+from megatron_tw.data.rows import TOKENIZER_DIR, RowCounts, RowsHeader, RowsWriter, TokenizerInfo, file_digests
 from megatron_tw.data.tokenizer import Tokenizer, load_tokenizer
 
 GROUP_BYTES = 1 << 20  # of documents that travel to a worker together
@@ -121,7 +121,13 @@ def prepare_rows(
             return writer.close(counts, None)
         (folder / TOKENIZER_DIR).mkdir()
         loaded.save(folder / TOKENIZER_DIR)
-        return writer.close(counts, TokenizerInfo(kind=loaded.kind, name=loaded.name, fingerprint=loaded.fingerprint))
+        info = TokenizerInfo(
+            kind=loaded.kind,
+            name=loaded.name,
+            fingerprint=loaded.fingerprint,
+            files=file_digests(folder / TOKENIZER_DIR),
+        )
+        return writer.close(counts, info)
 
 
 def _vocabulary(

@@ -9,16 +9,16 @@ from typing import Any
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 30.0
-_COLUMNS = 100
+_COLUMNS, _LINES = 100, 24
 
 
 def bar_options() -> dict[str, Any]:
-    """For a `tqdm` on stderr: off where that is no terminal; of a fixed width where the terminal says that it has
+    """For a `tqdm` on stderr: off where that is no terminal; of a fixed size where the terminal says that it has
     none, which would leave the bar empty."""
     sized = False
     if sys.stderr is not None and sys.stderr.isatty():
-        sized = os.get_terminal_size(sys.stderr.fileno()).columns > 0
-    return {"disable": None} | ({"dynamic_ncols": True} if sized else {"ncols": _COLUMNS})
+        sized = min(os.get_terminal_size(sys.stderr.fileno())) > 0
+    return {"disable": None} | ({"dynamic_ncols": True} if sized else {"ncols": _COLUMNS, "nrows": _LINES})
 
 
 class Progress:

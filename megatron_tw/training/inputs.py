@@ -1,5 +1,6 @@
 """What a training run starts from: its files, opened and checked before anything is allocated."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from megatron_tw.runtime.run_folder import check_save_target, find_checkpoint
 from megatron_tw.runtime.source import ModelSource, open_source
 from megatron_tw.training.scorers import ScorerInputs, ScorerMaker, check_scorer_options, open_scorer
 from megatron_tw.training.settings import Settings
-from megatron_tw.weighting.options import check_tail, schedule_from_options
+from megatron_tw.weighting.options import schedule_from_options
 from megatron_tw.weighting.schedule import WeightingSchedule
 
 
@@ -42,8 +43,9 @@ def open_inputs(config: RunConfig) -> Inputs:
     check_config(config, dist.get_world_size())
     schedule = schedule_from_options(config.weighting)
     check_scorer_options(config, needed=schedule.needs_scorer)
-    check_tail(schedule, config.data.seq_length)
+    schedule.check_rows(config.data.seq_length)
     check_save_target(config.checkpoint.save, config.checkpoint.load)
+    _check_folder("--tensorboard-dir", config.logging.tensorboard_dir)
     if config.checkpoint.save_hf is not None:
         check_export_target(Path(config.checkpoint.save_hf))
     source = open_source(config.model, load=config.checkpoint.load, verify=config.checkpoint.verify_checkpoint)
@@ -74,6 +76,15 @@ def open_inputs(config: RunConfig) -> Inputs:
         valid_rows=valid_rows,
         tokenizer_dir=tokenizer_dir if tokenizer_dir.is_dir() else source.tokenizer_dir,
     )
+
+
+def _check_folder(option: str, folder: str | None) -> None:
+    """That a folder is there or can be made."""
+    if folder is None:
+        return
+    there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f"{option} {folder}: cannot be written to: {there} is a file, or may not be written to")
 
 
 def outdated(inputs: Inputs, config: RunConfig) -> bool:

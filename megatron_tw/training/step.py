@@ -30,7 +30,7 @@ from megatron_tw.parallel.layout import Layout, gather_over_context, same_on_ten
 from megatron_tw.parallel.zigzag import zigzag_shard
 from megatron_tw.training.report import StepReport
 from megatron_tw.training.scorers import Scorer
-from megatron_tw.weighting import Weighting, check_finite, token_weights
+from megatron_tw.weighting import Scheme, check_finite, token_weights
 from megatron_tw.weighting.schedule import WeightingSchedule
 
 
@@ -116,7 +116,7 @@ class TrainingStep:
             "step_seconds": time.perf_counter() - started,
         }
 
-    def _prepare(self, batches: Sequence[Batch], weighting: Weighting) -> list[StepBatch]:
+    def _prepare(self, batches: Sequence[Batch], weighting: Scheme) -> list[StepBatch]:
         """Rows onto the device, and their short NLL by the scorer as it is before this step."""
         rows_RN = torch.cat([batch.tokens for batch in batches]).to(self.device.device)
         size = len(batches[0].tokens)
@@ -143,12 +143,12 @@ class TrainingStep:
         return prepared
 
     def _forward_step(
-        self, weighting: Weighting, iterator: Iterator[StepBatch], model: torch.nn.Module
+        self, weighting: Scheme, iterator: Iterator[StepBatch], model: torch.nn.Module
     ) -> tuple[Tensor, Any]:
         batch = next(iterator)
         return call_model(model, batch.sequences), partial(self._loss, weighting, batch)
 
-    def _loss(self, weighting: Weighting, batch: StepBatch, nll_SM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _loss(self, weighting: Scheme, batch: StepBatch, nll_SM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted sum over this rank's targets, its count of valid targets (an integer, free of weights), and the
         report."""
         nll_MS = nll_SM.transpose(0, 1)

@@ -1,13 +1,21 @@
 """From the options of a run to its weighting scheme."""
 
-from dataclasses import fields, replace
+import math
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
 
 from megatron_tw.config import WeightingOptions
-from megatron_tw.weighting.config import PRESETS, ExactConfig, Weighting, WeightingConfig
+from megatron_tw.config.options import flag
 from megatron_tw.weighting.schedule import Stage, WeightingSchedule, parse_schedule
+from megatron_tw.weighting.schemes import Scheme, SchemeKind, scheme_kind
 
-_OVERRIDES = {"comparison", "transforms", "truncation", "sparsification", "normalization", "interpolation"}
-"""Steps of the pipeline, which any preset made of one can be given another setting of."""
+_SETTINGS = [
+    field.name
+    for field in fields(WeightingOptions)
+    if field.name not in ("weighting", "weighting_schedule", "weighting_parameters")
+]
+"""Options that are a scheme's own, under the names that it knows them by."""
 
 
 def schedule_from_options(options: WeightingOptions) -> WeightingSchedule:
@@ -26,55 +34,50 @@ def schedule_from_options(options: WeightingOptions) -> WeightingSchedule:
             stage.scheme == scheme for stage in schedule.stages
         ):
             raise ValueError(f"--weighting-schedule: no stage is base, the scheme of --weighting {options.weighting}")
-    for stage in schedule.stages:
-        if isinstance(stage.scheme, WeightingConfig) and stage.scheme.may_be_negative:
-            raise ValueError(
-                f"--transforms: {' '.join(stage.scheme.transforms) or 'none'} leaves weights below 0, which teach the "
-                "model to miss its targets; expected absolute, exp or max at the end, or --sparsification"
-            )
+    schedule.check()
     return schedule
 
 
-def check_tail(schedule: WeightingSchedule, seq_length: int) -> None:
-    """That rows of `seq_length` tokens have the long contexts which exact is to favour.
+def _scheme_from_options(options: WeightingOptions) -> Scheme:
+    """The scheme that `--weighting` names, with the other options in place of its own settings.
 
     Raises:
-        ValueError: they have not.
+        ValueError: unknown scheme, a value out of range, or an option that the scheme does not have; names the option.
     """
-    for stage in schedule.stages:
-        if isinstance(stage.scheme, ExactConfig) and stage.scheme.tau >= seq_length:
-            raise ValueError(f"--tau: expected less than the {seq_length} tokens of a row, got {stage.scheme.tau:g}")
+    kind = scheme_kind(options.weighting)
+    given = {name: getattr(options, name) for name in _SETTINGS if getattr(options, name) is not None}
+    known = kind.options | kind.parameters().keys()
+    for name in given:
+        if name not in known:
+            refusal = kind.refusals.get(name, f"--weighting {options.weighting} does not have this option")
+            raise ValueError(f"{flag(name)}: {refusal}")
+    return kind.create(**given, **_own_numbers(options.weighting_parameters or (), kind, options.weighting))
 
 
-def _scheme_from_options(options: WeightingOptions) -> Weighting:
-    """The preset that `--weighting` names with the other options in place of its own settings, or a custom pipeline
-    of them alone.
+def _own_numbers(pairs: Iterable[str], kind: SchemeKind, scheme: str) -> dict[str, float]:
+    """The numbers of `--weighting-parameters`, which are those of the scheme that have no flag.
 
     Raises:
-        ValueError: unknown preset, a value out of range, or an option that the scheme does not have; names the option.
+        ValueError: a text that is no NAME=NUMBER, a name that the scheme does not have, that has a flag, or that comes
+            twice.
     """
-    given = {
-        field.name: getattr(options, field.name)
-        for field in fields(options)
-        if field.name not in ("weighting", "weighting_schedule") and getattr(options, field.name) is not None
-    }
-    if options.weighting == "custom":
-        if "shift" in given:
-            raise ValueError(
-                '--shift: a custom scheme says it in --transforms, for example --transforms minus "shift 2.0" max'
-            )
-        for name in ("alpha", "gamma", "tau"):
-            if name in given:
-                raise ValueError(f"--{name}: a custom scheme does not have this option")
-        if not given:
-            raise ValueError("--weighting custom: expected --transforms or other steps with it, got none")
-        return WeightingConfig(**given)
-    parameters = PRESETS[options.weighting].parameters if options.weighting in PRESETS else {}
-    scheme = WeightingConfig.preset(options.weighting, **{name: given[name] for name in given if name in parameters})
-    others = {name: value for name, value in given.items() if name not in parameters}
-    pipeline = isinstance(scheme, WeightingConfig) and options.weighting != "uniform"
-    for name in others:
-        if not pipeline or name not in _OVERRIDES:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag}: --weighting {options.weighting} does not have this option")
-    return replace(scheme, **others)
+    own = [name for name in kind.parameters() if name not in _SETTINGS]
+    numbers: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = (part.strip() for part in pair.partition("="))
+        if not (name and equals and text):
+            raise ValueError(f"--weighting-parameters: expected NAME=NUMBER, got {pair!r}")
+        if name in _SETTINGS:
+            raise ValueError(f"--weighting-parameters {name}: expected {flag(name)}, the flag that this number has")
+        if name not in own:
+            takes = f"expected {', '.join(own)}" if own else "it has no numbers without a flag"
+            raise ValueError(f"--weighting-parameters {name}: --weighting {scheme} does not have it; {takes}")
+        if name in numbers:
+            raise ValueError(f"--weighting-parameters {name}: expected once, got twice")
+        try:
+            numbers[name] = float(text)
+        except ValueError:
+            numbers[name] = math.nan
+        if not math.isfinite(numbers[name]):
+            raise ValueError(f"--weighting-parameters {name}: expected a finite number, got {text!r}")
+    return numbers

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from megatron_tw.weighting.config import ExactConfig, Weighting, WeightingConfig
+from megatron_tw.weighting.schemes import Scheme, preset
 
 BASE = "base"  # the scheme that the run's other weighting options make
 STAGE = re.compile(r"(?P<step>\d+)(?:\s+(?P<move>\w+))?\s*:\s*(?P<scheme>\w+)(?P<parameters>(?:\s+\w+=\S+)*)")
@@ -30,7 +30,7 @@ class Stage(NamedTuple):
 
     step: int
     move: str | None
-    scheme: Weighting
+    scheme: Scheme
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class WeightingSchedule:
             if stage.move is not None:
                 _mix(before.scheme, stage.scheme, 0.5)  # raises now, not in the middle of a run
 
-    def at(self, step: int) -> Weighting:
+    def at(self, step: int) -> Scheme:
         """The scheme of a step.
 
         >>> schedule = parse_schedule("0: uniform; 100 linear: dense interpolation=0.6; 300: sparse sparsification=0.2")
@@ -72,17 +72,26 @@ class WeightingSchedule:
 
     @property
     def leaves_targets_out(self) -> bool:
-        """Whether a stage gives some targets no weight, by sparsification without interpolation."""
-        schemes = [stage.scheme for stage in self.stages if isinstance(stage.scheme, WeightingConfig)]
-        return any((scheme.sparsification or 1.0) < 1.0 and not scheme.interpolation for scheme in schemes)
+        """Whether a stage gives some targets no weight."""
+        return any(stage.scheme.leaves_targets_out for stage in self.stages)
+
+    def check(self) -> None:
+        """Raises ValueError where the weights of a stage could do harm; names the option."""
+        for stage in self.stages:
+            stage.scheme.check()
+
+    def check_rows(self, seq_length: int) -> None:
+        """Raises ValueError where rows of `seq_length` tokens are not what a stage is for; names the option."""
+        for stage in self.stages:
+            stage.scheme.check_rows(seq_length)
 
 
-def parse_schedule(entries: ScheduleEntries, *, base: Weighting | None = None) -> WeightingSchedule:
+def parse_schedule(entries: ScheduleEntries, *, base: Scheme | None = None) -> WeightingSchedule:
     """The schedule of `--weighting-schedule`.
 
     Stages are "STEP: SCHEME NAME=NUMBER ...", or "STEP linear: ..." and "STEP cosine: ..." to move there from the one
-    before. SCHEME is a preset with its parameters, or `base`, the scheme of the run's other options. Only numbers of
-    one scheme can move; uniform counts as any scheme with lambda 1 (exact: alpha 0), so moving from it is a warm-in.
+    before. SCHEME is a registered one with its numbers, or `base`, that of the run's other options. Only numbers of one
+    scheme can move; uniform counts as any scheme with lambda 1 (exact: alpha 0), so moving from it is a warm-in.
 
     Args:
         entries: stages in one string, separated by ";", or a list of stages, or mappings as YAML reads them.
@@ -102,7 +111,7 @@ def _stage_texts(entries: ScheduleEntries) -> list[str]:
     return [text for entry in entries for text in _stage_texts(entry)]
 
 
-def _parse_stage(text: str, base: Weighting | None) -> Stage:
+def _parse_stage(text: str, base: Scheme | None) -> Stage:
     match = STAGE.fullmatch(text)
     if match is None or (match["move"] is not None and match["move"] not in MOVES):
         raise ValueError(
@@ -113,11 +122,11 @@ def _parse_stage(text: str, base: Weighting | None) -> Stage:
         pairs = (pair.split("=", 1) for pair in match["parameters"].split())
         parameters: dict[str, Any] = {name: float(number) for name, number in pairs}
         if match["scheme"] != BASE:
-            scheme = WeightingConfig.preset(match["scheme"], **parameters)
+            scheme = preset(match["scheme"], **parameters)
         elif base is None:
             raise ValueError(f"{BASE} stands for the scheme of --weighting, which is not given")
         else:
-            known = _numbers(base)
+            known = base.numbers
             if unknown := [name for name in parameters if name not in known]:
                 raise ValueError(f"{BASE} has the numbers {', '.join(known)}, not {', '.join(unknown)}")
             scheme = replace(base, **parameters)
@@ -126,38 +135,23 @@ def _parse_stage(text: str, base: Weighting | None) -> Stage:
     return Stage(int(match["step"]), match["move"], scheme)
 
 
-def _numbers(scheme: Weighting) -> dict[str, Any]:
-    """The fields that can move."""
-    names = (
-        ("alpha", "gamma", "tau")
-        if isinstance(scheme, ExactConfig)
-        else ("truncation", "sparsification", "interpolation")
-    )
-    return {name: getattr(scheme, name) for name in names}
-
-
-def _as_uniform(scheme: Weighting) -> Weighting:
-    return replace(scheme, alpha=0.0) if isinstance(scheme, ExactConfig) else replace(scheme, interpolation=1.0)
-
-
-def _mix(before: Weighting, after: Weighting, share: float) -> Weighting:
+def _mix(before: Scheme, after: Scheme, share: float) -> Scheme:
     """The scheme a `share` of the way from `before` to `after`."""
-    uniform = WeightingConfig.preset("uniform")
+    uniform = preset("uniform")
     before, after = (
-        _as_uniform(after) if before == uniform else before,
-        _as_uniform(before) if after == uniform else after,
+        (after.uniform_limit() or before) if before == uniform else before,
+        (before.uniform_limit() or after) if after == uniform else after,
     )
-    if type(before) is not type(after) or replace(before, **_numbers(after)) != after:
+    if type(before) is not type(after) or replace(before, **after.numbers) != after:
         raise ValueError(
             f"--weighting-schedule: only the numbers of one scheme can move, got {before} and then {after}"
         )
     mixed: dict[str, Any] = {}
-    for (name, start), end in zip(_numbers(before).items(), _numbers(after).values(), strict=True):
+    for (name, start), end in zip(before.numbers.items(), after.numbers.values(), strict=True):
         if start == end:
             mixed[name] = start
             continue
-        if name == "interpolation":  # no interpolation is lambda 0
-            start, end = start or 0.0, end or 0.0
+        start, end = (after.when_none.get(name) if value is None else value for value in (start, end))
         if start is None or end is None:
             raise ValueError(f"--weighting-schedule: {name} cannot move from {start} to {end}, give both as numbers")
         mixed[name] = (1 - share) * start + share * end

@@ -1,0 +1,11 @@
+"""Positive pointwise mutual information, shifted by log S: the targets that the whole context makes likelier."""
+
+from megatron_tw.weighting.schemes.pipeline import Preset
+from megatron_tw.weighting.schemes.registry import register_scheme
+
+register_scheme("ppmi")(
+    Preset(
+        settings={"transforms": ["minus", "shift", "max"], "normalization": "l1"},
+        numbers={"shift": 2.0, "sparsification": None},
+    )
+)
