@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_tw.data.files import typed
 from megatron_tw.model.architecture import Architecture, parse_architecture
-from megatron_tw.model.huggingface import expected_tensors
+from megatron_tw.model.families.table import expected_tensors
 
 FORMAT_VERSION = 1
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -126,6 +126,12 @@ def check_same_model(saved: SavedCheckpoint, architecture: Architecture) -> None
     Raises:
         ValueError: names the first tensor that differs.
     """
+    ours_type, saved_type = architecture.family.model_type, saved.architecture.family.model_type
+    if ours_type != saved_type:
+        raise ValueError(
+            f"--load {saved.directory}: a checkpoint of another model: model_type {saved_type}, --load-hf has "
+            f"{ours_type}"
+        )
     ours, theirs = expected_tensors(architecture), expected_tensors(saved.architecture)
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):

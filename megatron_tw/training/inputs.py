@@ -48,7 +48,12 @@ def open_inputs(config: RunConfig) -> Inputs:
     _check_folder("--tensorboard-dir", config.logging.tensorboard_dir)
     if config.checkpoint.save_hf is not None:
         check_export_target(Path(config.checkpoint.save_hf))
-    source = open_source(config.model, load=config.checkpoint.load, verify=config.checkpoint.verify_checkpoint)
+    source = open_source(
+        config.model,
+        load=config.checkpoint.load,
+        seq_length=config.data.seq_length,
+        verify=config.checkpoint.verify_checkpoint,
+    )
     rows = open_rows("--data-path", config.data.data_path, source, config.data.seq_length)
     valid_rows = None
     if config.data.valid_data_path is not None:
