@@ -40,8 +40,8 @@ LATER = [
 ]
 """Modules that the programs import when their options are in order."""
 TIMEOUT_SECONDS = 60.0
-BAR = re.compile(r"\w[\w ]*: +\d+(%\||\w+ \[)[^\]\r\n]*\]")
-"""A progress bar."""
+BAR = re.compile(r"\w[\w ]*: +\d+(%\||\w+ \[)[^\]\r\n]*\]|[\w() ]+: [\w.,]+ of [\w.,]+ \w+ in \d\d:\d\d[^\n]*")
+"""A progress bar, or a line of one in a log file."""
 
 
 @dataclass(frozen=True)
