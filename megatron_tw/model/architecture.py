@@ -65,6 +65,12 @@ class Architecture:
         return float(self.rope["rope_theta"])
 
     @property
+    def rope_in_words(self) -> str:
+        """Base, and scaling where there is one."""
+        scaling = "" if self.rope["rope_type"] == "default" else f", {self.rope['rope_type']} {self.rope['factor']:g}x"
+        return f"rotary base {self.rotary_base:g}{scaling}"
+
+    @property
     def rotary_dim(self) -> int:
         """How many dimensions of a head are rotated."""
         return int(self.head_dim * self.rope.get("partial_rotary_factor", 1.0))
