@@ -18,7 +18,7 @@ TARGETS = ("--save", "--save-hf", "--output", "--tensorboard-dir")
 
 @dataclass(frozen=True)
 class Case:
-    """A line of the table. late: what is asked for may have been begun."""
+    """A line of the table. late: what is asked for may have been begun. disk: bytes that a file can have at most."""
 
     program: str
     given: str
@@ -26,6 +26,7 @@ class Case:
     options: tuple[str, ...]
     said: str
     late: bool
+    disk: int | None
 
     @property
     def name(self) -> str:
@@ -44,7 +45,8 @@ def read_table() -> Iterator[Case]:
             last = steps.pop() if steps and steps[-1].startswith(("--", "without ", "positional")) else ""
             late = said.startswith("* ")
             said = said.removeprefix("* ")
-            yield Case(program, given, ";".join(steps), tuple(_with(base, shlex.split(last))), said, late)
+            disk = int(steps.pop().split()[1]) if steps and steps[-1].startswith("disk ") else None
+            yield Case(program, given, ";".join(steps), tuple(_with(base, shlex.split(last))), said, late, disk)
 
 
 def _with(base: list[str], options: list[str]) -> list[str]:
@@ -97,10 +99,10 @@ def test_the_table_is_whole() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_what_is_wrong_is_said(case: Case, programs: Programs, world: Path, own_world: Callable[[], Path]) -> None:
-    folder = own_world() if case.damage or case.late else world
+    folder = own_world() if case.damage or case.late or case.disk else world
     damage(folder, case.damage)
     before = state(folder)
-    answer = programs.run(case.program, case.options, folder)
+    answer = programs.run(case.program, case.options, folder, file_bytes=case.disk)
     assert answer.status == 2, answer
     assert len(lines_of(answer)) == 1, answer.stderr
     assert lines_of(answer)[0].startswith("error: "), answer.stderr
