@@ -117,8 +117,9 @@ def _iteration(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def check_same_model(saved: SavedCheckpoint, architecture: Architecture) -> None:
-    """Refuse a checkpoint whose weights have other shapes than the model that --load-hf names.
+def check_same_model(saved: SavedCheckpoint, architecture: Architecture, option: str = "--load") -> None:
+    """Refuse a checkpoint whose weights have other shapes than the model that --load-hf names; `option` named the
+    checkpoint.
 
     Raises:
         ValueError: names the first tensor that differs.
@@ -127,7 +128,7 @@ def check_same_model(saved: SavedCheckpoint, architecture: Architecture) -> None
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise ValueError(
-                f"--load {saved.directory}: a checkpoint of another model: {name} has shape "
+                f"{option} {saved.directory}: a checkpoint of another model: {name} has shape "
                 f"{theirs.get(name, 'none')}, --load-hf has {ours.get(name, 'none')}"
             )
 
