@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_tw.config import RunConfig, parse_options
+from megatron_tw.config import RunConfig, check_config, parse_options
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "extend_llama3_32k.sh"
+PHI2 = SCRIPT.with_name("extend_phi2_32k.sh")
 LAUNCHER = (
     "SLURM_",
     "MASTER_",
@@ -110,6 +111,21 @@ def test_the_recipe_is_the_published_one() -> None:
     assert config.parallel.model_parallel_size == 8
 
 
+def test_the_recipe_of_phi2_is_the_published_one() -> None:
+    """arXiv 2503.09202: like Llama-3-8B's but for what the model's context asks; the rope base is a choice of ours."""
+    needed = ["--data-path", "d", "--load-hf", "m", "--save", "s"]
+    ours, llamas = (
+        parse_options(["--config", str(script.with_suffix(".yaml")), *needed], RunConfig) for script in (PHI2, SCRIPT)
+    )
+    check_config(ours, world_size=8)
+    assert (ours.data, ours.train, ours.optimizer) == (llamas.data, llamas.train, llamas.optimizer)
+    assert (ours.weighting, ours.scorer, ours.compute) == (llamas.weighting, llamas.scorer, llamas.compute)
+    windows = ours.windows
+    assert (windows.short_window, windows.short_stride, windows.min_short_context) == (2048, 1920, 128)
+    assert ours.model.rotary_base == 1e6
+    assert "# Not published, so ours:" in PHI2.with_suffix(".yaml").read_text().split("rotary_base:")[0]
+
+
 def test_a_mistake_is_told_once_by_four_ranks(tmp_path: Path) -> None:
     result = subprocess.run(
         ["bash", str(SCRIPT), "--tensor-model-parallel-siz", "2"],
@@ -137,17 +153,17 @@ def launch(tmp_path: Path) -> Launch:
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
 
-    def run(**variables: str) -> subprocess.CompletedProcess[str]:
+    def run(script: Path = SCRIPT, **variables: str) -> subprocess.CompletedProcess[str]:
         env = environment(**variables)
         env["PATH"] = f"{tmp_path}:{env['PATH']}"
         return subprocess.run(
-            ["bash", str(SCRIPT), "--lr", "1e-5", "a b"], env=env, capture_output=True, text=True, check=False
+            ["bash", str(script), "--lr", "1e-5", "a b"], env=env, capture_output=True, text=True, check=False
         )
 
     return run
 
 
-TAIL = f"{SCRIPT} --lr 1e-5 a b"
+TAIL = f"{ROOT / 'tools' / 'train.py'} --config {SCRIPT.with_suffix('.yaml')} --lr 1e-5 a b"
 
 
 @pytest.mark.parametrize(
@@ -173,6 +189,11 @@ def test_bash_starts_torchrun_from_the_clusters_variables(
     result = launch(**variables)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == f"-m torch.distributed.run {expected} {TAIL}"
+
+
+def test_every_recipe_is_launched_alike(launch: Launch) -> None:
+    expected = launch().stdout.replace(SCRIPT.stem, PHI2.stem)
+    assert launch(PHI2).stdout == expected
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -176,7 +177,7 @@ def staged(data: dict[int, Path], save: Path, steps: int) -> list[str]:
 
 
 def test_the_staged_recipe_killed_in_its_second_stage_goes_on(data, ranks, tmp_path):
-    steps, log = 12, tmp_path / "log"
+    steps, log = 8, tmp_path / "log"
     command = staged(data, tmp_path / "runs", steps)
     command[4:4] = ["--distributed-timeout-minutes", "2"]
     run = tmp_path / "runs" / "128k"
@@ -233,6 +234,49 @@ def test_the_staged_recipe_killed_in_its_second_stage_goes_on(data, ranks, tmp_p
 def test_what_the_staged_recipe_cannot_take_is_named(arguments, message):
     result = subprocess.run(["bash", str(SCRIPT), *arguments], env=environment(), capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (2, message + "\n")
+
+
+def stand_in_python(folder: Path, body: str) -> dict[str, str]:
+    """An environment in which `python` is a shell script."""
+    (folder / "python").write_text(f"#!/bin/bash\n{body}\n")
+    (folder / "python").chmod(0o755)
+    env = environment(NPROC_PER_NODE="2")
+    return {**env, "PATH": f"{folder}:{env['PATH']}"}
+
+
+def test_each_stage_gets_its_options_and_one_that_stops_early_is_the_last(tmp_path):
+    command = ["bash", str(SCRIPT), "--lr", "1", "--save=a b", "32k:", "--seed", "2", "128k:", "--save-hf", "hf"]
+    env = stand_in_python(tmp_path, 'printf "[%s]" "$@"; echo')
+    result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    name, call, stopped = result.stdout.splitlines()
+    assert name == "stage 32k: a b/32k"
+    assert call.endswith("extend_llama3_32k.yaml][--lr][1][--seed][2][--load][a b/32k][--save][a b/32k]")
+    assert stopped == "stage 32k: stopped before its last step; the same command goes on from there"
+
+    for folder, step in (("a b/32k", 30), ("a b/128k", 15)):
+        checkpoint = tmp_path / folder / f"iter_{step:07d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "config.yaml").write_text("train_iters: 30\n")
+        (tmp_path / folder / "latest_checkpointed_iteration.txt").write_text(f"{step}\n")
+    result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    over, name, call, _ = result.stdout.splitlines()
+    assert (over, name) == ("stage 32k: is over (a b/32k)", "stage 128k: a b/128k")
+    assert call.endswith(
+        "extend_llama3_128k.yaml][--lr][1][--save-hf][hf]"
+        "[--pretrained-checkpoint][a b/32k][--load][a b/128k][--save][a b/128k]"
+    )
+
+
+def test_a_signal_ends_the_stage_that_runs_and_the_script(tmp_path):
+    env = stand_in_python(tmp_path, "trap 'echo ended; exit 3' TERM\necho begun\nwhile true; do sleep 0.05; done")
+    command = ["bash", str(SCRIPT), "--save", "runs"]
+    with subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(2)] == ["stage 32k: runs/32k\n", "begun\n"]
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=TIMEOUT_SECONDS)[0] == "ended\n"
+    assert process.returncode == 3
 
 
 def test_the_stages_fit_each_other():
