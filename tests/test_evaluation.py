@@ -267,11 +267,11 @@ def test_metrics_are_read_or_refused(tmp_path: Path) -> None:
     file.write_text("")
     with pytest.raises(ValueError, match="is empty"):
         read_metrics(tmp_path)
-    file.write_text('{"iteration": 1, "lm_loss": 2.5}\n{"iteration": 2, "lm')
+    file.write_text('{"iteration": 1, "weighted_loss": 2.25, "lm_loss": 2.5}\n{"iteration": 2, "lm')
     with pytest.raises(ValueError, match="line 2: no JSON"):
         read_metrics(tmp_path)
-    file.write_text('{"iteration": 1, "lm_loss": 2.5}\n')
-    assert read_metrics(tmp_path) == [{"iteration": 1, "lm_loss": 2.5}]
+    file.write_text('{"iteration": 1, "weighted_loss": 2.25, "lm_loss": 2.5}\n')
+    assert read_metrics(tmp_path) == [{"iteration": 1, "weighted_loss": 2.25, "lm_loss": 2.5}]
 
 
 def test_plots_and_page_are_self_contained(tmp_path: Path) -> None:

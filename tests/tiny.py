@@ -94,9 +94,9 @@ def edit_header(file: Path, **fields: Any) -> None:
     file.write_text(json.dumps({**content, "checksum": header_checksum(content)}))
 
 
-def prepare_ready_rows(rows: np.ndarray, output: Path) -> Path:
+def prepare_ready_rows(rows: np.ndarray, output: Path, *, vocab_size: int | None = VOCAB) -> Path:
     """A dataset folder of ready rows, in their order."""
     source = output.with_suffix(".jsonl")
     source.write_text("".join(json.dumps({"input_ids": row.tolist()}) + "\n" for row in rows))
-    prepare_rows([source], output, seq_length=rows.shape[1], tokenizer=None, vocab_size=VOCAB, bos_id=BOS)
+    prepare_rows([source], output, seq_length=rows.shape[1], tokenizer=None, vocab_size=vocab_size, bos_id=BOS)
     return output

@@ -16,7 +16,7 @@ from megatron_tw.evaluation.page import render_page
 from megatron_tw.evaluation.plots import plot_key_tokens, plot_nll_by_position, plot_training
 from megatron_tw.evaluation.result import EvaluationResult
 from megatron_tw.evaluation.table import format_tables, verdicts
-from megatron_tw.evaluation.training import read_metrics, read_options
+from megatron_tw.evaluation.training import read_metrics, read_options, read_text
 
 EPILOG = """\
 example:
@@ -124,7 +124,7 @@ def write_report(options: argparse.Namespace) -> Comparison:
     runs = _by_name("--runs", options.runs)
     results = {name: EvaluationResult.load(folder) for name, folder in evaluations.items()}
     metrics = {name: read_metrics(folder) for name, folder in runs.items()}
-    commands = options.commands.read_text(encoding="utf-8") if options.commands else None
+    commands = read_text("--commands", options.commands) if options.commands else None
     key = choose(options.key_tokens, results, gain=options.gain, max_long_nll=options.max_long_nll)
     comparison = compare(results, key, old_context=options.old_context, reference=options.reference, base=options.base)
     plots = {

@@ -1,8 +1,10 @@
 """Options of tools/convert_checkpoint.py."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from megatron_tw.config.checks import check_model, check_parallel
+from megatron_tw.config.options import flag
 from megatron_tw.config.schema import ModelConfig, ParallelConfig, ShardingConfig
 
 
@@ -48,5 +50,13 @@ def check_conversion(config: ConversionConfig, world_size: int) -> None:
     given = [pair for pair in directions if all(pair)]
     if len(given) != 1 or sum(value is not None for pair in directions for value in pair) != 2:
         raise ValueError("expected --load with --save-hf, or --load-hf with --save, and nothing of the other pair")
+    (source, target), (source_name, target_name) = (
+        given[0],
+        ("load", "save_hf") if options.load else ("load_hf", "save"),
+    )
+    if Path(str(source)).resolve() == Path(str(target)).resolve():
+        raise ValueError(
+            f"{flag(target_name)}: expected another folder than {flag(source_name)}, got {target} for both"
+        )
     check_parallel(config.layout, world_size)
     check_model(config.model)

@@ -168,8 +168,10 @@ def _check_flags(flags: Sequence[str], options: dict[str, Option]) -> None:
 def _check_yaml(file: str, options: dict[str, Option]) -> None:
     """Unknown and repeated keys, wrong nulls and booleans, with their line: of these jsonargparse has less to say."""
     try:
-        root = yaml.compose(Path(file).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = Path(file).read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        yaml.safe_load(text)  # tags and keys that only show when values are made
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"--config {file}: not a YAML file: {error}") from None
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(

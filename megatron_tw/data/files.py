@@ -60,13 +60,13 @@ def read_header(
         raise ValueError(f"{file}: format version {found}, but this program reads version {known}; {remedy}")
     checksum, written = content.pop("checksum", None), dict(content)
     own = ("format", "format_version", *extras)
-    instance: Header = _typed(header, {name: content[name] for name in content if name not in own}, str(file))
+    instance: Header = typed(header, {name: content[name] for name in content if name not in own}, str(file))
     if found != 1 and checksum != header_checksum(written):  # version 1 of all formats had none
         raise ValueError(f"{file}: its fields are not those that were written with its checksum: damaged or edited")
     return instance
 
 
-def _typed(hint: Any, value: Any, where: str) -> Any:
+def typed(hint: Any, value: Any, where: str) -> Any:
     """A JSON value as the type `hint`: a number, text, a dict, a dataclass, or a union of them.
 
     Raises:
@@ -78,7 +78,7 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
             return None
         plain = [arm for arm in arms if arm is not NoneType]
         if len(plain) == 1:
-            return _typed(plain[0], value, where)
+            return typed(plain[0], value, where)
         if any(_is_of(arm, value) for arm in plain):
             return value
     elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
@@ -89,9 +89,9 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         if unknown := [name for name in value if name not in fields]:
             raise ValueError(f"{where}: unknown fields: {', '.join(unknown)}")
         make: Any = hint
-        return make(**{name: _typed(hints[name], item, f"{where}: {name}") for name, item in value.items()})
+        return make(**{name: typed(hints[name], item, f"{where}: {name}") for name, item in value.items()})
     elif get_origin(hint) is dict and isinstance(value, dict):
-        return {name: _typed(get_args(hint)[1], item, f"{where}: {name}") for name, item in value.items()}
+        return {name: typed(get_args(hint)[1], item, f"{where}: {name}") for name, item in value.items()}
     elif _is_of(hint, value):
         return value
     names = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
@@ -101,7 +101,7 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
 def _is_of(hint: Any, value: Any) -> bool:
     if hint in (int, float):
         return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
-    return hint is object or (isinstance(hint, type) and isinstance(value, hint))
+    return hint in (object, Any) or (isinstance(hint, type) and isinstance(value, hint))
 
 
 def check_sizes(folder: Path, sizes: Mapping[str, int], what: str) -> None:

@@ -176,7 +176,10 @@ class Loader:
         ]
         if differences:
             raise ValueError("--load: the run's data cannot be continued: " + "; ".join(differences))
-        self.consumed_samples = int(state["consumed_samples"])
+        consumed = state.get("consumed_samples")
+        if not isinstance(consumed, int) or consumed < 0:
+            raise ValueError(f"--load: the run's data cannot be continued: consumed_samples: {consumed!r}")
+        self.consumed_samples = consumed
 
     def _identity(self) -> dict[str, Any]:
         return {

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from megatron_tw.data.documents import Document, expand_inputs, read_documents
 from megatron_tw.data.files import new_folder
-from megatron_tw.data.rows import TOKENIZER_DIR, RowCounts, RowsHeader, RowsWriter, TokenizerInfo
+from megatron_tw.data.rows import TOKENIZER_DIR, RowCounts, RowsHeader, RowsWriter, TokenizerInfo, file_digests
 from megatron_tw.data.tokenizer import Tokenizer, load_tokenizer
 
 GROUP_BYTES = 1 << 20  # of documents that travel to a worker together
@@ -120,7 +120,13 @@ def prepare_rows(
             return writer.close(counts, None)
         (folder / TOKENIZER_DIR).mkdir()
         loaded.save(folder / TOKENIZER_DIR)
-        return writer.close(counts, TokenizerInfo(kind=loaded.kind, name=loaded.name, fingerprint=loaded.fingerprint))
+        info = TokenizerInfo(
+            kind=loaded.kind,
+            name=loaded.name,
+            fingerprint=loaded.fingerprint,
+            files=file_digests(folder / TOKENIZER_DIR),
+        )
+        return writer.close(counts, info)
 
 
 def _vocabulary(

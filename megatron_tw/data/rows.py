@@ -43,6 +43,8 @@ class TokenizerInfo:
     """For people: the name of its folder or file."""
     fingerprint: str
     """Tokenizer.fingerprint: what is compared."""
+    files: dict[str, str] | None = None
+    """sha256 (hex) of each file under tokenizer/; None: written before they were kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +199,7 @@ class TokenRows:
                     f"{self.path}: {DOCUMENTS_FILE} or {DIGESTS_FILE} is not what was written with {HEADER_FILE}: "
                     "damaged, or of another dataset"
                 )
+        self._check_tokenizer()
         # Rows are copied out of its memory map, for a view of a freed map crashes the process.
         self._dataset = indexed_dataset.IndexedDataset(str(self.path / "rows"))
 
@@ -225,6 +228,19 @@ class TokenRows:
         """A row as it lies in rows.bin, not compared with anything."""
         return self._dataset[int(index)].tobytes()
 
+    def _check_tokenizer(self) -> None:
+        """That the tokenizer's files, which checkpoints and exports are given, are those that were written."""
+        if self.header.tokenizer is None:
+            return
+        folder, written = self.path / TOKENIZER_DIR, self.header.tokenizer.files
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is missing: the dataset is incomplete")
+        found = file_digests(folder)
+        for name, digest in (written or {}).items():
+            if found.get(name) != digest:
+                what = "is missing: the dataset is incomplete" if name not in found else "is not what was written"
+                raise ValueError(f"{folder / name} {what}; prepare the rows again with tools/preprocess_data.py")
+
     def _check_files(self, dtype_code: int) -> None:
         """What IndexedDataset would meet with an assert, a crash, or not at all."""
         header, counts = self.header, self.header.counts
@@ -236,6 +252,12 @@ class TokenRows:
         check_sizes(self.path, sizes, "dataset")
         itemsize = np.dtype(header.dtype).itemsize
         check_index(self.path / "rows.idx", dtype_code, itemsize, counts.rows, header.seq_length, boundaries, "dataset")
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """sha256 (hex) of each file in a folder, by its name."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def row_digest(row_N: npt.NDArray[np.integer]) -> int:

@@ -57,6 +57,9 @@ def _same_tokens(rows: TokenRows, folder: Path) -> bool | None:
 
 def _table(file: Path) -> object:
     """The regular tokens and their ids: of a tokenizer.json without the special tokens, else the whole file."""
-    if file.name == "tokenizer.json":
+    if file.name != "tokenizer.json":
+        return file.read_bytes()
+    try:
         return json.loads(file.read_text(encoding="utf-8"))["model"].get("vocab")
-    return file.read_bytes()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: no tokenizer.json of the tokenizers library: {error!r}") from error

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from megatron_tw.evaluation.key_tokens import KeyTokens, long_ppl
 from megatron_tw.evaluation.position import PositionBucket, beyond, mean_nll, nll_by_position, position_edges
-from megatron_tw.evaluation.result import EvaluationResult
+from megatron_tw.evaluation.result import EvaluationHeader, EvaluationResult
 
 CLEAR = 2.0
 """Standard errors from which on a difference is called one, if enough rows tell of it."""
@@ -195,19 +195,26 @@ def _measure(
     )
 
 
-def _check_same_targets(name: str, result: EvaluationResult, key_name: str, key_source: EvaluationResult) -> None:
-    """Raises ValueError, saying what differs, unless both are of the same targets."""
-    ours, theirs = result.header, key_source.header
+def check_same_rows(
+    name: str, header: EvaluationHeader, num_rows: int, key_name: str, key_source: EvaluationResult
+) -> None:
+    """Raises ValueError, saying what differs, unless an evaluation with this header is of the rows of another."""
+    theirs = key_source.header
     for what, ours_value, theirs_value in (
-        ("--seq-length", ours.seq_length, theirs.seq_length),
-        ("tokenizer fingerprint", ours.tokenizer_fingerprint, theirs.tokenizer_fingerprint),
-        ("data fingerprint", ours.data_fingerprint, theirs.data_fingerprint),
-        ("number of rows", len(result.row_index), len(key_source.row_index)),
+        ("--seq-length", header.seq_length, theirs.seq_length),
+        ("tokenizer fingerprint", header.tokenizer_fingerprint, theirs.tokenizer_fingerprint),
+        ("data fingerprint", header.data_fingerprint, theirs.data_fingerprint),
+        ("number of rows", num_rows, len(key_source.row_index)),
     ):
         if ours_value != theirs_value:
             raise ValueError(
                 f"{name} and {key_name} were not evaluated on the same targets: {what} {ours_value} and {theirs_value}"
             )
+
+
+def _check_same_targets(name: str, result: EvaluationResult, key_name: str, key_source: EvaluationResult) -> None:
+    """Raises ValueError, saying what differs, unless both are of the same targets."""
+    check_same_rows(name, result.header, len(result.row_index), key_name, key_source)
     for what, same in (
         ("the rows chosen", np.array_equal(result.row_index, key_source.row_index)),
         ("the masks of valid targets", np.array_equal(result.valid, key_source.valid)),

@@ -64,10 +64,13 @@ def key_tokens(
     """Mask of the key tokens: short - long > gain, and long < max_long_nll unless that is None.
 
     Raises:
-        ValueError: a gain that is not positive (targets within the first window, where short = long, would be key).
+        ValueError: a gain that is not positive (targets within the first window, where short = long, would be key), or
+            such a bound on the long NLL.
     """
-    if not gain > 0:
+    if not 0 < gain < math.inf:
         raise ValueError(f"--gain: expected a positive number of nats, got {gain:g}")
+    if max_long_nll is not None and not 0 < max_long_nll < math.inf:
+        raise ValueError(f"--max-long-nll: expected a positive number of nats, got {max_long_nll:g}")
     assert long_nll_RT.shape == short_nll_RT.shape
     mask_RT = short_nll_RT.astype(np.float64) - long_nll_RT.astype(np.float64) > gain
     if max_long_nll is not None:

@@ -5,6 +5,7 @@ as in training.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from tqdm import tqdm
 from megatron_tw.config.evaluation import EvaluationConfig, check_evaluation
 from megatron_tw.data.files import check_new_folder
 from megatron_tw.data.rows import TokenRows
+from megatron_tw.evaluation.compare import check_same_rows
+from megatron_tw.evaluation.key_tokens import choose_key_tokens
 from megatron_tw.evaluation.result import EvaluationHeader, EvaluationResult
 from megatron_tw.model.forward import ShortWindowForward, long_nll
 from megatron_tw.parallel.devices import Device
@@ -38,17 +41,31 @@ def evaluate(config: EvaluationConfig) -> EvaluationResult | None:
     check_evaluation(config, dist.get_world_size())
     options = config.evaluation
     check_new_folder(Path(options.output))
-    if options.key_tokens is not None:
-        EvaluationResult.load(options.key_tokens)
     source = open_source(config.model, load=options.load, verify=options.verify_checkpoint)
     if options.load is not None and source.saved is None:
         raise ValueError(f"--load {options.load}: holds no checkpoint")
     rows = open_rows("--data-path", options.data_path, source, options.seq_length)
     bos_id = row_bos_id(options.bos_id, rows, source.architecture)
     num_rows = len(rows) if options.eval_rows is None else min(options.eval_rows, len(rows))
+    windows = config.windows.of_rows(options.seq_length)
+    header = EvaluationHeader(
+        model=source.name,
+        layout="",
+        seq_length=options.seq_length,
+        short_window=windows.tokens if windows is not None else None,
+        short_stride=windows.stride if windows is not None else None,
+        rotary_base=source.architecture.rotary_base,
+        data_fingerprint=rows.header.fingerprint,
+        tokenizer_fingerprint=rows.header.tokenizer.fingerprint if rows.header.tokenizer is not None else None,
+    )
+    if options.key_tokens is not None:
+        key_tokens = choose_key_tokens(EvaluationResult.load(options.key_tokens), options.key_tokens)
+        check_same_rows(
+            "the rows of --data-path", header, num_rows, f"--key-tokens {key_tokens.name}", key_tokens.source
+        )
     layout, chunks = open_model(source, config.parallel, config.compute, device)
 
-    windows, short_forward = config.windows.of_rows(options.seq_length), None
+    short_forward = None
     if windows is not None:
         short_forward = ShortWindowForward.create(
             options.seq_length,
@@ -75,18 +92,8 @@ def evaluate(config: EvaluationConfig) -> EvaluationResult | None:
     long_all, short_all = nlls
     if short_all is not None and windows is not None:
         short_all = unfrozen_short_nll(long_all, short_all, windows.tokens)
-    header = EvaluationHeader(
-        model=source.name,
-        layout=layout.describe(),
-        seq_length=options.seq_length,
-        short_window=windows.tokens if windows is not None else None,
-        short_stride=windows.stride if windows is not None else None,
-        rotary_base=source.architecture.rotary_base,
-        data_fingerprint=rows.header.fingerprint,
-        tokenizer_fingerprint=rows.header.tokenizer.fingerprint if rows.header.tokenizer is not None else None,
-    )
     return EvaluationResult(
-        header=header,
+        header=replace(header, layout=layout.describe()),
         row_index=np.arange(num_rows),
         long_nll=long_all.numpy(),
         short_nll=None if short_all is None else short_all.numpy(),

@@ -27,7 +27,7 @@ from megatron_tw.model.gpt import TokenWeightedGPT
 from megatron_tw.model.huggingface import SafetensorsFolder, expected_tensors
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.runtime.lock import hold_folder
-from megatron_tw.runtime.opening import join_world, open_model
+from megatron_tw.runtime.opening import join_world, named, open_model
 from megatron_tw.runtime.source import open_source, row_bos_id
 
 HASHED_AT_ONCE = 1 << 26
@@ -47,7 +47,8 @@ def score_tokens(config: ScoringConfig) -> Path:
     device = join_world(config.parallel)
     check_scoring(config, dist.get_world_size())
     options, folder = config.scoring, config.scorer_folder
-    rows = TokenRows(options.data_path)
+    with named("--data-path"):
+        rows = TokenRows(options.data_path)
     seq_length = rows.header.seq_length
     windows = config.windows_of(seq_length)
     source = open_source(config.model, load=None)

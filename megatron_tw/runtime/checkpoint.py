@@ -56,6 +56,11 @@ from megatron_tw.runtime.run_folder import (
 CONFIG_FILE = "config.yaml"
 logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
 """What it logs it raises too."""
+_OF_DAMAGE = (
+    *(OSError, EOFError, RuntimeError, KeyError),
+    *(pickle.UnpicklingError, AttributeError, ImportError, IndexError, TypeError, ValueError),
+)
+"""What Megatron-Core and torch raise for damaged files; the second line is of what pickle raises for its own."""
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
@@ -256,8 +261,7 @@ def _damage_named(directory: Path) -> Iterator[None]:
     """Around Megatron's reading: its ways to say that a file is damaged, as one line."""
     try:
         yield
-    except (CheckpointException, CheckpointingException, OSError, EOFError, pickle.UnpicklingError, RuntimeError,
-            KeyError) as error:  # fmt: skip
+    except (CheckpointException, CheckpointingException, *_OF_DAMAGE) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason: object = error

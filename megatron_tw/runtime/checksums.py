@@ -1,6 +1,7 @@
 """Checksums of a checkpoint's files, made when it is written and compared before it is read.
 
-    checksums.json   {"version": 1, "algorithm": "sha256", "files": {name: {"bytes": size, "digest": hex}}}
+    checksums.json   {"version": 2, "algorithm": "sha256", "files": {name: {"bytes": size, "digest": hex}}, "checksum":
+                     hex of all this}
 
 Every rank hashes the files that it wrote, which its host still has in memory; before reading, the files are dealt out
 to the ranks by their sizes. sha256 is the fastest strong hash where the processor has instructions for it (all server
@@ -18,10 +19,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_tw.data.files import header_checksum
 from megatron_tw.parallel.agree import raise_together
 
 CHECKSUMS_FILE = "checksums.json"
-VERSION, ALGORITHM = 1, "sha256"
+VERSION, ALGORITHM = 2, "sha256"
 _FILES_AT_ONCE = 2
 _WRITTEN_BY = re.compile(r"__(\d+)_\d+\.distcp")
 
@@ -49,7 +51,8 @@ def hash_files(directory: Path) -> dict[str, dict[str, Any]]:
 
 def checksums_text(files: Mapping[str, Mapping[str, Any]]) -> str:
     """Content of the file."""
-    return json.dumps({"version": VERSION, "algorithm": ALGORITHM, "files": files}, indent=1) + "\n"
+    content = {"version": VERSION, "algorithm": ALGORITHM, "files": files}
+    return json.dumps({**content, "checksum": header_checksum(content)}, indent=1) + "\n"
 
 
 def damage(directory: Path) -> str | None:
@@ -96,6 +99,8 @@ def _read_checksums(directory: Path) -> dict[str, dict[str, Any]] | str | None:
         if (content["version"], content["algorithm"]) != (VERSION, ALGORITHM):
             found = f"{content['version']!r} with {content['algorithm']!r}"
             return f"{path}: expected version {VERSION} with {ALGORITHM}, got {found}"
+        if content.pop("checksum") != header_checksum(content):
+            return f"{path} is damaged (it is not what was written with its own checksum)"
         return {
             str(name): {"bytes": int(entry["bytes"]), "digest": str(entry["digest"])}
             for name, entry in content["files"].items()

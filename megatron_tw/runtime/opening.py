@@ -7,6 +7,8 @@ open_layout                 process groups, the first thing that is allocated
 open_model                  the groups, and the model with its weights: for programs that do not train it
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_tw.config import ComputeConfig, ParallelConfig, ShardingConfig, virtual_pipeline_size
@@ -32,14 +34,21 @@ def open_rows(option: str, path: str | Path, source: ModelSource, seq_length: in
     Raises:
         ValueError: no such rows; begins with the option.
     """
-    try:
+    with named(option):
         rows = TokenRows(path)
         check_rows(rows, seq_length=seq_length, model_vocab_size=source.architecture.vocab_size)
-    except ValueError as error:
-        raise ValueError(f"{option}: {error}") from error
     if source.tokenizer_dir is not None:
         check_model_vocabulary(rows, source.tokenizer_dir)
     return rows
+
+
+@contextmanager
+def named(option: str) -> Iterator[None]:
+    """Around opening what `option` names: an error begins with it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
 
 
 def open_layout(parallel: ParallelConfig, source: ModelSource) -> Layout:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_tw.data.files import typed
 from megatron_tw.model.architecture import Architecture, parse_architecture
 from megatron_tw.model.huggingface import expected_tensors
 
@@ -68,9 +69,11 @@ def find_checkpoint(folder: str | Path, option: str = "--load") -> SavedCheckpoi
 
     Raises:
         DamagedCheckpointError: the checkpoint's header is missing, unreadable or of another version.
-        ValueError: the tracker is missing though there are checkpoints, or names none.
+        ValueError: a file, or the tracker is missing though there are checkpoints, or names none.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{option} {folder}: expected a folder, found a file")
     if (folder / HEADER_FILE).is_file() or is_complete(folder):
         return _read_checkpoint(folder)
     tracker, complete = folder / TRACKER, complete_checkpoints(folder)
@@ -198,10 +201,14 @@ def _read_checkpoint(directory: Path) -> SavedCheckpoint:
                 directory, f"{path}: expected version {FORMAT_VERSION}, got {header['version']!r}"
             )
         architecture = parse_architecture(header["hf_config"], str(path))
-        state = RunState(**header["state"])
-        return SavedCheckpoint(
-            directory, state, architecture, header["layout"], header["weights_only"], header["scorer_state"]
+        state: RunState = typed(RunState, header["state"], "state")
+        layout, weights_only, scorer_state = (
+            typed(kind, header[name], name)
+            for name, kind in (("layout", str), ("weights_only", bool), ("scorer_state", bool))
         )
+        if _iteration(directory) not in (-1, state.iteration) or min(state.iteration, state.consumed_samples) < 0:
+            raise ValueError(f"state: iteration {state.iteration} after {state.consumed_samples} samples")
+        return SavedCheckpoint(directory, state, architecture, layout, weights_only, scorer_state)
     except DamagedCheckpointError:
         raise
     except OSError as error:

@@ -1,5 +1,6 @@
 """What a training run starts from: its files, opened and checked before anything is allocated."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def open_inputs(config: RunConfig) -> Inputs:
     check_scorer_options(config, needed=schedule.needs_scorer)
     schedule.check_rows(config.data.seq_length)
     check_save_target(config.checkpoint.save, config.checkpoint.load)
+    _check_folder("--tensorboard-dir", config.logging.tensorboard_dir)
     if config.checkpoint.save_hf is not None:
         check_export_target(Path(config.checkpoint.save_hf))
     source = open_source(
@@ -98,6 +100,15 @@ def with_window(config: RunConfig, source: ModelSource) -> RunConfig:
     except ValueError as error:
         raise ValueError(f"{error} (the old context, without --short-window)") from error
     return replace(config, windows=windows)
+
+
+def _check_folder(option: str, folder: str | None) -> None:
+    """That a folder is there or can be made."""
+    if folder is None:
+        return
+    there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f"{option} {folder}: cannot be written to: {there} is a file, or may not be written to")
 
 
 def outdated(inputs: Inputs, config: RunConfig) -> bool:

@@ -4,6 +4,7 @@ row."""
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tw.config import ComputeConfig, ParallelConfig, ScorerConfig, check_model_shape
@@ -15,8 +16,10 @@ from megatron_tw.model.build import build_model, load_hf
 from megatron_tw.model.forward import ShortWindowForward
 from megatron_tw.model.gpt import TokenWeightedGPT
 from megatron_tw.model.huggingface import SafetensorsFolder
+from megatron_tw.parallel.agree import raise_together
 from megatron_tw.parallel.devices import Device
 from megatron_tw.parallel.layout import Layout
+from megatron_tw.runtime.opening import named
 from megatron_tw.training.scorers.base import (
     Scorer,
     ScorerInputs,
@@ -53,8 +56,10 @@ class CachedFrozenScorer(Scorer):
 
     @staticmethod
     def check_folder(folder: str, inputs: ScorerInputs) -> None:
-        """That it is complete and of these rows, windows and BOS, and the one that the run of --load had."""
-        scores = ScoreRows(folder)
+        """That it is complete and of these rows, windows and BOS, the one that the run of --load had, and as it was
+        written: the ranks share the reading. Collective over the world."""
+        with named("--scores"):
+            scores = ScoreRows(folder)
         check_scores(
             scores,
             inputs.rows,
@@ -65,6 +70,12 @@ class CachedFrozenScorer(Scorer):
         saved = inputs.source.saved
         if saved is not None and saved.state.scores not in (None, scores.header.fingerprint):
             raise ValueError(f"--scores {scores.path}: other scores than those that the run of --load was trained with")
+        rank, ranks, error = dist.get_rank(), dist.get_world_size(), None
+        try:
+            scores.check(range(len(scores) * rank // ranks, len(scores) * (rank + 1) // ranks))
+        except ValueError as damaged:
+            error = damaged
+        raise_together(error)
 
     @staticmethod
     def load(folder: str, inputs: ScorerInputs, trained: TrainedModel) -> "CachedFrozenScorer":
