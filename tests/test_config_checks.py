@@ -127,6 +127,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"save": "s", "exit_interval": 0}, "--exit-interval: expected 1 or more"),
     ({"save": "rows"}, "--save: expected another folder than --data-path, got rows for both"),
     ({"save": "./model"}, "--save: expected another folder than --load-hf"),
+    ({"save": "out", "pretrained_checkpoint": "out"}, "--save: expected another folder than the run of --pretrained"),
     ({"save_hf": "./model"}, "--save-hf: expected another folder than --load-hf"),
     ({"save": "out", "save_hf": "out"}, "--save-hf: expected another folder than --save"),
     ({"load": "out", "save_hf": "out"}, "--save-hf: expected another folder than --load"),
@@ -140,6 +141,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"loss_keep_logits_mib": -1}, "--loss-keep-logits-mib: expected 0 or more"),
     ({"log_interval": 0}, "--log-interval: expected 1 or more"),
     ({"rotary_base": 0.0}, "--rotary-base: expected more than 0"),
+    ({"rope_scaling_type": "yarn", "rope_scaling_factor": 0.5}, "--rope-scaling-factor: expected 1 or more, got 0.5"),
+    ({"rope_scaling_factor": 2.0}, "--rope-scaling-factor: expected a --rope-scaling-type to scale with, got None"),
+    ({"rope_scaling_type": "none", "rope_scaling_factor": 2.0}, "--rope-scaling-type to scale with, got none"),
 ]
 
 

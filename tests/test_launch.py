@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import make_folder
 
 from megatron_tw.config import RunConfig, check_config, parse_options
 
@@ -94,6 +95,33 @@ def test_bash_and_torchrun_run_the_same_recipe(rows: Path, tmp_path: Path) -> No
     assert [[step[key] for key in same] for step in metrics["bash"]] == [
         [step[key] for key in same] for step in metrics["torchrun"]
     ]
+
+
+def test_the_recipe_of_phi2_runs_by_bash_and_by_torchrun(rows: Path, tmp_path: Path) -> None:
+    model = make_folder("phi", tmp_path / "phi", num_key_value_heads=4, partial_rotary_factor=0.4, hidden_size=80)
+    losses = []
+    for command in (["bash", str(PHI2)], ["torchrun", "--standalone", "--nproc-per-node", "2", str(PHI2)]):
+        save = tmp_path / command[0]
+        tiny = ["--load-hf", str(model), "--data-path", str(rows), "--save", str(save), "--save-hf", f"{save}-hf"]
+        tiny += ["--seq-length", "256", "--short-window", "64", "--short-stride", "60", "--min-short-context", "4"]
+        tiny += ["--no-bf16", "--train-iters", "2", "--global-batch-size", "1", "--context-parallel-size", "2"]
+        result = subprocess.run(
+            command + tiny,
+            env=environment(NPROC_PER_NODE="2"),
+            cwd=tmp_path,
+            timeout=TIMEOUT_SECONDS,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr[-4000:]
+        assert "weighting dense, unfrozen scorer, windows of 64 every 60 tokens" in result.stdout
+        losses.append([json.loads(line)["weighted_loss"] for line in (save / "metrics.jsonl").read_text().splitlines()])
+        exported = json.loads(Path(f"{save}-hf", "config.json").read_text())
+        assert exported["model_type"] == "phi"
+        assert exported["rope_parameters"]["rope_theta"] == 1e6
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 2
 
 
 def test_the_recipe_is_the_published_one() -> None:

@@ -2,13 +2,14 @@
 whose small buckets are padded and whose weights are gathered late."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_model import copy_checkpoint, read_tensors
+from test_model import read_tensors
 from test_training import (
     DENSE,
     METRICS,
@@ -18,7 +19,7 @@ from test_training import (
     reference_data,
     run_all,
 )
-from tiny import Axes, layout_of, release
+from tiny import TINY_LLAMA, Axes, layout_of, release
 
 from megatron_tw.config import (
     CheckpointConfig,
@@ -167,7 +168,7 @@ def test_gradients_that_are_not_finite_end_the_run_before_it_is_saved(ranks, ref
 
 def test_the_old_context_is_remembered(ranks, reference_data, tmp_path):
     """Without short windows it is the length that the start model names; the checkpoint's names the new one."""
-    folder = copy_checkpoint(tmp_path / "hf")
+    folder = shutil.copytree(TINY_LLAMA, tmp_path / "hf")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
     save = tmp_path / "run"

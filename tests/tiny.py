@@ -74,6 +74,34 @@ def load_tiny(axes: Axes, layout: Layout, folder: Path = TINY_LLAMA) -> tuple[Ar
     return architecture, chunks
 
 
+def make_folder(family: str, folder: Path, **changes: Any) -> Path:
+    """A random tiny model of a family in Hugging Face format; no parameter is at its initial value. `changes`: of the
+    family's config."""
+    import torch
+    import transformers
+
+    shape: dict[str, Any] = {
+        "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": SEQ_LENGTH,
+        "bos_token_id": BOS, "eos_token_id": 2,
+    }  # fmt: skip
+    own: dict[str, dict[str, Any]] = {
+        "llama": {"head_dim": 32},
+        "mistral": {"sliding_window": SEQ_LENGTH},
+        "qwen2": {"tie_word_embeddings": True, "use_sliding_window": False, "sliding_window": 16},
+        "qwen3": {"tie_word_embeddings": True, "head_dim": 32},
+        "phi": {"partial_rotary_factor": 0.5, "resid_pdrop": 0.1},
+    }
+    config = transformers.AutoConfig.for_model(family, **{**shape, **own[family], **changes})
+    torch.manual_seed(len(family))
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
 def release(model: Sequence[Any]) -> None:
     """Let go of a model wrapped for training. Megatron's gradient hooks hold the wrapper in a cycle through
     autograd's nodes that

@@ -194,6 +194,11 @@ def check_scorer(scorer: ScorerConfig) -> None:
 def check_model(model: ModelConfig) -> None:
     """Ranges of what becomes another in the model."""
     _above(0, rotary_base=model.rotary_base)
+    _at_least(1, rope_scaling_factor=model.rope_scaling_factor)
+    _require(
+        model.rope_scaling_factor is None or model.rope_scaling_type not in (None, "none"),
+        f"--rope-scaling-factor: expected a --rope-scaling-type to scale with, got {model.rope_scaling_type}",
+    )
 
 
 def check_compute(compute: ComputeConfig, parallel: ParallelConfig) -> None:

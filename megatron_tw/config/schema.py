@@ -78,6 +78,12 @@ class ModelConfig:
     """Local Hugging Face folder of the model (a checkpoint under --load wins)."""
     rotary_base: float | None = None
     """New base of the rotary embedding (null: the checkpoint's)."""
+    rope_scaling_type: Literal["none", "linear", "ntk", "yarn", "llama3"] | None = None
+    """How the rotary embedding is stretched to a longer context: positions divided by the factor (linear, PI), a base
+    times factor^(d / (d - 2)) (ntk), frequency by frequency (yarn, llama3), or no longer (none). Not dynamic NTK: its
+    frequencies depend on each input's length (null: as the checkpoint's)."""
+    rope_scaling_factor: float | None = None
+    """Factor by which it is stretched (null: new length over that of the first checkpoint, before any stage)."""
 
 
 @dataclass(frozen=True, kw_only=True)

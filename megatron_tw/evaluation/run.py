@@ -41,7 +41,9 @@ def evaluate(config: EvaluationConfig) -> EvaluationResult | None:
     check_evaluation(config, dist.get_world_size())
     options = config.evaluation
     check_new_folder(Path(options.output))
-    source = open_source(config.model, load=options.load, verify=options.verify_checkpoint)
+    source = open_source(
+        config.model, load=options.load, seq_length=options.seq_length, verify=options.verify_checkpoint
+    )
     if options.load is not None and source.saved is None:
         raise ValueError(f"--load {options.load}: holds no checkpoint")
     rows = open_rows("--data-path", options.data_path, source, options.seq_length)

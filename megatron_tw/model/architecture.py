@@ -1,5 +1,4 @@
-"""What a Hugging Face config.json says of a model of the Llama family, and the Megatron-Core configuration that
-follows."""
+"""What a Hugging Face config.json says of a model, and the Megatron-Core configuration that follows."""
 
 import json
 from dataclasses import dataclass, replace
@@ -10,10 +9,26 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_tw.config import ActivationConfig, ComputeConfig, ParallelConfig, check_model_shape, padded_vocab_size
+from megatron_tw.config import (
+    ActivationConfig,
+    ComputeConfig,
+    ModelConfig,
+    ParallelConfig,
+    check_model_shape,
+    padded_vocab_size,
+)
+from megatron_tw.model.families import Family, family_of
+from megatron_tw.model.rotary import (
+    Origin,
+    multiply_cos_and_sin,
+    origin_entry,
+    read_origin,
+    read_rope,
+    rotary_embedding,
+    scaling_factor,
+    stretch_rope,
+)
 
-SUPPORTED_MODEL_TYPES = ("llama",)
-_SCALED_FROM_A_LENGTH = ("yarn", "longrope", "llama3")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -21,10 +36,12 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class Architecture:
     """Shape of a model, as plain numbers. `hf_config` keeps config.json whole, for export.
 
-    rope: transformers' `rope_parameters` (rope_type, rope_theta and what the type needs).
+    rope: transformers' `rope_parameters` (rope_type, rope_theta and what the type needs). origin: what the model was
+    before its context was stretched. attention_span: tokens that a token sees at most, None: all before it.
     dtype: of the checkpoint's tensors, as config.json names it.
     """
 
+    family: Family
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -37,142 +54,146 @@ class Architecture:
     max_position_embeddings: int
     bos_token_id: int | None
     rope: dict[str, Any]
+    origin: Origin
     dtype: torch.dtype
     hf_config: dict[str, Any]
+    source: str
 
     @property
     def rotary_base(self) -> float:
         """rope_theta: the base of the rotary frequencies."""
         return float(self.rope["rope_theta"])
 
+    @property
+    def rotary_dim(self) -> int:
+        """How many dimensions of a head are rotated."""
+        return int(self.head_dim * self.rope.get("partial_rotary_factor", 1.0))
+
     def with_rotary_base(self, rotary_base: float | None) -> "Architecture":
         """The same model with another rotary base; None keeps the checkpoint's."""
-        return self if rotary_base is None else replace(self, rope={**self.rope, "rope_theta": float(rotary_base)})
+        return self.with_rope(ModelConfig(rotary_base=rotary_base), None)
+
+    def with_rope(self, model: ModelConfig, length: int | None) -> "Architecture":
+        """The same model with the rope that the options ask for, for a context of `length` tokens.
+
+        Raises:
+            ValueError: --rope-scaling-type whose factor nobody gives; see `stretch_rope`.
+        """
+        rope, origin = stretch_rope(self.rope, self.origin, self.rotary_dim, model, length)
+        return replace(self, rope=rope, origin=origin)
+
+    def rope_options(self, model: ModelConfig, length: int | None) -> ModelConfig:
+        """`model`, by which this architecture came about, with its null options filled in: given again, they come to
+        the same."""
+        if model.rope_scaling_type in (None, "none"):
+            return replace(model, rotary_base=self.origin.rope_theta if model.rope_scaling_type else self.rotary_base)
+        factor = scaling_factor(self.origin, model, length)
+        return replace(model, rotary_base=self.origin.rope_theta, rope_scaling_factor=factor)
+
+    def check_length(self, tokens: int, option: str) -> None:
+        """Refuse sequences that are longer than what a token sees, which no attention here cuts off.
+
+        Raises:
+            ValueError: names the option and both lengths.
+        """
+        span = self.family.attention_span(self.hf_config, self.source)
+        if span is not None and tokens > span:
+            raise ValueError(
+                f"{option}: expected at most {span}, the sliding_window of {self.source}, got {tokens} tokens; with a "
+                "null there, every token sees all before it"
+            )
 
 
 def read_architecture(directory: str | Path) -> Architecture:
     """Read `directory`/config.json, as transformers 4 or 5 wrote it.
 
     Raises:
-        ValueError: no such file, not JSON, not of the Llama family, or with a feature (bias, another activation) that
-        the
-            Megatron-Core model here does not have; the message names the file and the key.
+        ValueError: no such file, not JSON, of no known family, with a feature that the model here does not have, or
+        with a value of another type or range; the message names the file and the key.
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise ValueError(f"{path}: not found; expected a Hugging Face checkpoint folder")
     try:
-        raw = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON file ({error})") from error
     return parse_architecture(raw, str(path))
 
 
 def parse_architecture(raw: dict[str, Any], source: str) -> Architecture:
     """The same from a parsed config.json; `source` names it in errors."""
-    if raw.get("model_type") not in SUPPORTED_MODEL_TYPES:
-        raise ValueError(
-            f"{source}: model_type: expected one of {SUPPORTED_MODEL_TYPES}, got {raw.get('model_type')!r}"
-        )
-    for key, expected in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
-        if raw.get(key, expected) != expected:
-            raise ValueError(f"{source}: {key}: expected {expected!r}, got {raw[key]!r}")
-    needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-    missing = [key for key in needed if key not in raw]
-    if missing:
-        raise ValueError(f"{source}: missing {', '.join(missing)}")
+    if not isinstance(raw, dict):
+        raise ValueError(f"{source}: expected a JSON object, got {type(raw).__name__}")
+    family = family_of(raw, source)
+    for name, fixed in family.fixed.items():
+        fixed.check(name, raw, source)
+    values = {key.field: key.read(name, raw, source) for name, key in family.keys.items()}
+    heads = values["num_attention_heads"]
+    values["num_query_groups"] = groups = values["num_query_groups"] or heads
+    if heads % groups:
+        raise ValueError(f"{source}: num_key_value_heads: expected a divisor of {heads} attention heads, got {groups}")
+    if values.get("head_dim") is None:
+        values["head_dim"], rest = divmod(values["hidden_size"], heads)
+        if rest:
+            raise ValueError(
+                f"{source}: num_attention_heads: expected a divisor of hidden_size {values['hidden_size']}, got {heads}"
+            )
     dtype_name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    if dtype_name not in _DTYPES:
-        raise ValueError(f"{source}: dtype: expected one of {tuple(_DTYPES)}, got {dtype_name!r}")
-    heads = raw["num_attention_heads"]
-    bos = raw.get("bos_token_id")
-    return Architecture(
-        num_layers=raw["num_hidden_layers"],
-        hidden_size=raw["hidden_size"],
-        ffn_hidden_size=raw["intermediate_size"],
-        num_attention_heads=heads,
-        num_query_groups=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        vocab_size=raw["vocab_size"],
-        norm_epsilon=raw.get("rms_norm_eps", 1e-6),
-        tied_embeddings=raw.get("tie_word_embeddings", False),
-        max_position_embeddings=raw.get("max_position_embeddings", 2048),
-        bos_token_id=bos[0] if isinstance(bos, list) else bos,
-        rope=_rope_parameters(raw, source),
+    if not isinstance(dtype_name, str) or dtype_name not in _DTYPES:
+        raise ValueError(f"{source}: dtype: expected one of {', '.join(_DTYPES)}, got {dtype_name!r}")
+    family.attention_span(raw, source)
+    rope = read_rope(raw, family, values["max_position_embeddings"], source)
+    architecture = Architecture(
+        family=family,
+        bos_token_id=_bos_token_id(raw, source),
+        rope=rope,
+        origin=read_origin(raw, rope, values["max_position_embeddings"], source),
         dtype=_DTYPES[dtype_name],
         hf_config=raw,
+        source=source,
+        **values,
     )
+    if architecture.rotary_dim < 2 or architecture.rotary_dim % 2:
+        raise ValueError(
+            f"{source}: expected an even number of rotated dimensions in a head of {architecture.head_dim}, got "
+            f"{architecture.rotary_dim}"
+        )
+    return architecture
 
 
-def _rope_parameters(raw: dict[str, Any], source: str) -> dict[str, Any]:
-    """transformers 5's `rope_parameters`, or transformers 4's `rope_theta` and `rope_scaling` in that form."""
-    if raw.get("rope_parameters"):
-        rope = dict(raw["rope_parameters"])
-    else:
-        rope = dict(raw.get("rope_scaling") or {})
-        rope.setdefault("rope_type", rope.pop("type", "default"))
-    rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
-    rope.setdefault("rope_type", "default")
-    if rope["rope_type"] in _SCALED_FROM_A_LENGTH:  # else transformers takes the model's, which an extension changes
-        rope.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings", 2048))
-    return rope
+def _bos_token_id(raw: dict[str, Any], source: str) -> int | None:
+    """The id of BOS: the first of them where there are several."""
+    bos = raw.get("bos_token_id")
+    first = bos[0] if isinstance(bos, list) and bos else bos
+    if first is not None and (not isinstance(first, int) or isinstance(first, bool) or first < 0):
+        raise ValueError(f"{source}: bos_token_id: expected an id, a list of ids or null, got {bos!r}")
+    return first
 
 
 def export_hf_config(architecture: Architecture, *, max_position_embeddings: int, dtype: torch.dtype) -> dict[str, Any]:
     """config.json for export: rotary base, scaling, length and dtype as the model now has them, readable by
-    transformers 4 and 5.
+    transformers 4 and 5; and `extended_from`, which is for a next stage of ours.
 
     max_position_embeddings: the new context length in tokens; never written smaller than the model's own.
     """
-    config = dict(architecture.hf_config)
-    rope = dict(architecture.rope)
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    config = {key: value for key, value in architecture.hf_config.items() if key != "extended_from"}
+    rope, length = dict(architecture.rope), max(max_position_embeddings, architecture.max_position_embeddings)
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
     dtype_name = {value: key for key, value in _DTYPES.items()}[dtype]
     config.update(
-        architectures=["LlamaForCausalLM"],
-        max_position_embeddings=max(max_position_embeddings, architecture.max_position_embeddings),
+        architectures=[architecture.family.architecture],
+        max_position_embeddings=length,
         rope_parameters=rope,
         rope_theta=rope["rope_theta"],
         rope_scaling=None if rope["rope_type"] == "default" else scaling,
         dtype=dtype_name,
         torch_dtype=dtype_name,
+        **origin_entry(rope, architecture.origin, length),
     )
+    if "partial_rotary_factor" in rope:
+        config["partial_rotary_factor"] = rope["partial_rotary_factor"]
     return config
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """Inverse frequencies [head_dim / 2] fp32, and the factor on queries and keys (yarn's; 1 for most)."""
-
-    inv_freq: Tensor
-    attention_factor: float
-
-
-def rotary_embedding(architecture: Architecture) -> Rotary:
-    """What transformers computes for this rope.
-
-    Raises:
-        ValueError: a rope type that transformers does not know, or whose frequencies depend on each input's length.
-    """
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    rope_type = architecture.rope["rope_type"]
-    if rope_type == "default":
-        exponents = torch.arange(0, architecture.head_dim, 2, dtype=torch.int64).float() / architecture.head_dim
-        return Rotary(1.0 / (architecture.rotary_base**exponents), 1.0)
-    supported = sorted(set(ROPE_INIT_FUNCTIONS) - {"dynamic", "longrope", "proportional"})
-    if rope_type not in supported:
-        raise ValueError(f"config.json: rope_type: expected default or one of {supported}, got {rope_type!r}")
-    hf = LlamaConfig(
-        hidden_size=architecture.hidden_size,
-        num_attention_heads=architecture.num_attention_heads,
-        head_dim=architecture.head_dim,
-        max_position_embeddings=architecture.max_position_embeddings,
-        rope_parameters=dict(architecture.rope),
-    )
-    inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](hf, torch.device("cpu"))
-    return Rotary(inv_freq, float(attention_factor))
 
 
 def transformer_config(
@@ -196,20 +217,15 @@ def transformer_config(
         num_query_groups=architecture.num_query_groups,
         ffn_hidden_size=architecture.ffn_hidden_size,
     )
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.ffn_hidden_size,
         num_attention_heads=architecture.num_attention_heads,
         num_query_groups=architecture.num_query_groups,
         kv_channels=architecture.head_dim,
-        # Queries and keys are both multiplied by the rope's factor; on their products that is a scale.
-        softmax_scale=rotary_embedding(architecture).attention_factor ** 2 / architecture.head_dim**0.5,
         layernorm_epsilon=architecture.norm_epsilon,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
+        **architecture.family.megatron,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
@@ -224,8 +240,7 @@ def transformer_config(
         pipeline_dtype=torch.bfloat16 if compute.bf16 else torch.float32,
         calculate_per_token_loss=True,
         # Every weight is read from a checkpoint. Not perform_initialization=False: Megatron-Core marks weights as
-        # tensor-parallel
-        # only while it initializes them, and counts the unmarked ones just once in the gradient norm.
+        # tensor-parallel only while it initializes them, and counts the unmarked ones just once in the gradient norm.
         init_method=_leave_unfilled,
         output_layer_init_method=_leave_unfilled,
         embedding_init_method=_leave_unfilled,
@@ -233,7 +248,7 @@ def transformer_config(
         recompute_method=activations.recompute_method,
         recompute_num_layers=activations.recompute_num_layers,
         gradient_accumulation_fusion=False,
-        bias_activation_fusion=on_gpu,
+        bias_activation_fusion=on_gpu and architecture.family.fused_activation,
         bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
@@ -241,6 +256,8 @@ def transformer_config(
         batch_p2p_comm=on_gpu,
         deallocate_pipeline_outputs=True,
     )
+    multiply_cos_and_sin(config, rotary_embedding(architecture).attention_factor)
+    return config
 
 
 def _leave_unfilled(weight: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from megatron_tw.config import ActivationConfig, ComputeConfig, ParallelConfig
 from megatron_tw.model.architecture import Architecture, export_hf_config, megatron_vocab_size, transformer_config
+from megatron_tw.model.families.table import TensorParallel, export_parameter, import_parameter, tensor_names
 from megatron_tw.model.gpt import TokenWeightedGPT, layer_spec, transformer_engine_available
-from megatron_tw.model.huggingface import SafetensorsFolder, TensorParallel, export_parameter, import_parameter
+from megatron_tw.model.huggingface import SafetensorsFolder
 from megatron_tw.parallel.agree import raise_together
 from megatron_tw.parallel.devices import Device
 from megatron_tw.parallel.layout import Layout
@@ -61,7 +62,7 @@ def build_model(
         chunk = TokenWeightedGPT(
             architecture,
             megatron_config,
-            layer_spec(megatron_config, transformer_engine=use_te, vp_stage=stage),
+            layer_spec(architecture.family, megatron_config, transformer_engine=use_te, vp_stage=stage),
             padded_vocab_size=megatron_vocab_size(architecture, parallel, compute),
             layout=layout,
             max_sequence_length=architecture.max_position_embeddings,
@@ -78,18 +79,56 @@ def build_model(
 def load_hf(
     chunks: Sequence[TokenWeightedGPT], directory: str | Path, architecture: Architecture, layout: Layout
 ) -> None:
-    """Fill the model from a Hugging Face folder. Each rank reads only the slices that it owns.
+    """Fill the model from a Hugging Face folder. Each rank reads only the slices that it owns. Collective over the
+    world; a rank that holds nothing of the model takes part without chunks.
 
     Raises:
-        ValueError: files or tensors missing, truncated or of other shapes (see SafetensorsFolder).
+        ValueError: on every rank, files or tensors missing, truncated or of other shapes (see SafetensorsFolder), or
+        NaN or infinity in one.
     """
-    folder = SafetensorsFolder(directory, architecture)
+    error: ValueError | OSError | None = None
+    try:
+        folder = SafetensorsFolder(directory, architecture)
+        for chunk in chunks:
+            tp = TensorParallel(layout.tp_rank, layout.tp_size, chunk.vocab_size)
+            for name, parameter in chunk.named_parameters():
+                shard = import_parameter(name, _layer_offset(chunk), architecture, tp, folder.read_finite)
+                names = tensor_names(name, _layer_offset(chunk), architecture)
+                _check_copies(folder, names, tp, architecture.vocab_size)
+                with torch.no_grad():
+                    parameter.copy_(shard)
+    except SafetensorError as failed:
+        error = ValueError(f"{directory}: cannot be read ({failed})")
+    except (ValueError, OSError) as failed:
+        error = failed
+    raise_together(error)
+
+
+def check_finite(chunks: Sequence[TokenWeightedGPT], directory: str | Path) -> None:
+    """Refuse weights that are NaN or infinite. Collective over the world.
+
+    Raises:
+        ValueError: on every rank, with the folder that the weights came from and the tensor.
+    """
+    error = None
     for chunk in chunks:
-        tp = TensorParallel(layout.tp_rank, layout.tp_size, chunk.vocab_size)
         for name, parameter in chunk.named_parameters():
-            shard = import_parameter(name, _layer_offset(chunk), architecture, tp, folder.read)
-            with torch.no_grad():
-                parameter.copy_(shard)
+            if error is None and not bool(parameter.detach().isfinite().all()):
+                tensors = " or ".join(tensor_names(name, _layer_offset(chunk), chunk.architecture))
+                error = ValueError(f"{directory}: NaN or infinity in {tensors}")
+    raise_together(error)
+
+
+def _check_copies(folder: SafetensorsFolder, names: tuple[str, ...], tp: TensorParallel, vocab_size: int) -> None:
+    """That tensors which the folder holds besides these, and which the model takes these for, are the same."""
+    for copy, other in folder.copies.items():
+        if other in names:
+            rows = tp.padded_vocab_size // tp.size
+            start, stop = (min(bound, vocab_size) for bound in (tp.rank * rows, (tp.rank + 1) * rows))
+            if not torch.equal(folder.read(copy, 0, start, stop), folder.read(other, 0, start, stop)):
+                raise ValueError(
+                    f"{folder.directory}: {copy} is another than {other}, though config.json says tie_word_embeddings"
+                )
 
 
 def save_hf(

@@ -5,25 +5,22 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_tw.losses import linear_cross_entropy
-from megatron_tw.model.architecture import Architecture, rotary_embedding
-from megatron_tw.model.attention import ContextParallelAttention
-from megatron_tw.model.norm import RMSNorm
-from megatron_tw.model.rotary import ShardedRotaryEmbedding
+from megatron_tw.model.architecture import Architecture
+from megatron_tw.model.families import Family
+from megatron_tw.model.families.layers import norm_of
+from megatron_tw.model.rotary import ShardedRotaryEmbedding, rotary_embedding
 from megatron_tw.parallel.layout import Layout
 
 
 class TokenWeightedGPT(GPTModel):
-    """A Llama of which this rank holds its tensor-parallel shard of one pipeline stage (or model chunk).
+    """A model of which this rank holds its tensor-parallel shard of one pipeline stage (or model chunk).
 
     forward(input_ids [B, S], position_ids=None, attention_mask=None, labels=[B, S], packed_seq_params=SequenceShard)
     returns on the last stage the NLL [S, B] fp32 of `labels` (0 where the label is -100), or with labels=None this
@@ -63,6 +60,12 @@ class TokenWeightedGPT(GPTModel):
         self.rotary_pos_emb = ShardedRotaryEmbedding(
             rotary_embedding(architecture).inv_freq, torch.device(torch.cuda.current_device())
         )
+        if post_process and architecture.family.has_head_bias:
+            bias = torch.empty(
+                padded_vocab_size // layout.tp_size, dtype=config.params_dtype, device=torch.cuda.current_device()
+            )
+            self.output_layer.bias = torch.nn.Parameter(bias)  # GPTModel has no option for it
+            set_tensor_model_parallel_attributes(self.output_layer.bias, is_parallel=True, dim=0, stride=1)
 
     def head_weight(self) -> Tensor:
         """The output projection [V / TP, hidden] of this rank: the embedding's own weight where they are tied."""
@@ -84,6 +87,7 @@ class TokenWeightedGPT(GPTModel):
             hidden_states,
             self.head_weight(),
             labels.transpose(0, 1).contiguous(),
+            bias=self.output_layer.bias,
             tp_group=self.layout.tp_group if self.layout.tp_size > 1 else None,
             sequence_parallel=self.config.sequence_parallel,
             vocab_size=self.architecture.vocab_size,
@@ -93,26 +97,12 @@ class TokenWeightedGPT(GPTModel):
 
 
 def layer_spec(
-    config: TransformerConfig, *, transformer_engine: bool, vp_stage: int | None
+    family: Family, config: TransformerConfig, *, transformer_engine: bool, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """The layers of one model chunk: Transformer Engine's modules, or Megatron-Core's with the norm and core
-    attention of ours."""
-    if transformer_engine:
-        from megatron.core.extensions.transformer_engine import TENorm
-
-        from megatron_tw.model.te_attention import ShardedTEAttention
-
-        spec = get_gpt_layer_with_transformer_engine_spec()
-        spec.submodules.self_attention.submodules.core_attention = ShardedTEAttention
-        norm: type = TENorm
-    else:
-        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-        spec.submodules.self_attention.submodules.core_attention = ContextParallelAttention
-        spec.submodules.input_layernorm = RMSNorm
-        spec.submodules.pre_mlp_layernorm = RMSNorm
-        norm = RMSNorm
+    """The layers of one model chunk, and the norm after the last."""
+    spec = family.layer(family, transformer_engine)
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=norm_of(family, transformer_engine))
 
 
 def transformer_engine_available() -> bool:

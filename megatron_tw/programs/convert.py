@@ -29,7 +29,9 @@ def convert(config: ConversionConfig) -> str:
     if options.save_hf is not None:
         check_export_target(Path(options.save_hf))
     check_save_target(options.save, None)
-    source = open_source(config.model, load=options.load, verify=options.verify_checkpoint)
+    source = open_source(
+        config.model, load=options.load, seq_length=options.seq_length, verify=options.verify_checkpoint
+    )
     architecture = source.architecture
     compute = ComputeConfig(bf16=architecture.dtype == torch.bfloat16)
     length = options.seq_length or architecture.max_position_embeddings

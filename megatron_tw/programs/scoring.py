@@ -22,9 +22,10 @@ from megatron_tw.data.score_parts import ScoreParts, rows_per_part
 from megatron_tw.data.scores import ScoresHeader
 from megatron_tw.data.vocabulary import check_scorer_vocabulary
 from megatron_tw.model.architecture import Architecture
+from megatron_tw.model.families.table import expected_tensors
 from megatron_tw.model.forward import ShortWindowForward
 from megatron_tw.model.gpt import TokenWeightedGPT
-from megatron_tw.model.huggingface import SafetensorsFolder, expected_tensors
+from megatron_tw.model.huggingface import SafetensorsFolder
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.runtime.lock import hold_folder
 from megatron_tw.runtime.opening import join_world, named, open_model
@@ -51,8 +52,9 @@ def score_tokens(config: ScoringConfig) -> Path:
         rows = TokenRows(options.data_path)
     seq_length = rows.header.seq_length
     windows = config.windows_of(seq_length)
-    source = open_source(config.model, load=None)
+    source = open_source(config.model, load=None, seq_length=seq_length)
     architecture = source.architecture
+    architecture.check_length(windows.tokens, "--short-window")
     check_scorer_vocabulary(rows, folder, architecture.vocab_size)
     bos_id = row_bos_id(options.bos_id, rows, architecture)
     header = ScoresHeader(

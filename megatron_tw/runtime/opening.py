@@ -37,6 +37,7 @@ def open_rows(option: str, path: str | Path, source: ModelSource, seq_length: in
     with named(option):
         rows = TokenRows(path)
         check_rows(rows, seq_length=seq_length, model_vocab_size=source.architecture.vocab_size)
+    source.architecture.check_length(seq_length, "--seq-length")
     if source.tokenizer_dir is not None:
         check_model_vocabulary(rows, source.tokenizer_dir)
     return rows

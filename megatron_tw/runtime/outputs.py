@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_tw.model.architecture import Architecture
 from megatron_tw.model.build import export_workplace
-from megatron_tw.model.huggingface import expected_tensors
+from megatron_tw.model.families.table import expected_tensors
 from megatron_tw.parallel.agree import raise_together
 from megatron_tw.runtime.lock import LOCK_FILE, FolderLock, hold_folder
 from megatron_tw.runtime.run_folder import check_space, remove_partial_checkpoints

@@ -11,7 +11,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_tw.config import ModelConfig
 from megatron_tw.data.rows import TokenRows
 from megatron_tw.model.architecture import Architecture, read_architecture
-from megatron_tw.model.build import load_hf
+from megatron_tw.model.build import check_finite, load_hf
 from megatron_tw.model.gpt import TokenWeightedGPT
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.runtime.checkpoint import HasState, load_checkpoint
@@ -70,21 +70,29 @@ class ModelSource:
         scorer. Collective over the world."""
         if self.saved is not None:
             load_checkpoint(self.saved, chunks, optimizer, scheduler, scorer)
+            check_finite(chunks, self.saved.directory)
         elif self.pretrained is not None:
             load_checkpoint(self.pretrained, chunks)
+            check_finite(chunks, self.pretrained.directory)
         else:
             assert self.load_hf is not None
             load_hf(chunks, self.load_hf, self.architecture, layout)
 
 
 def open_source(
-    model: ModelConfig, *, load: str | None, pretrained: str | None = None, verify: bool = True
+    model: ModelConfig,
+    *,
+    load: str | None,
+    seq_length: int | None,
+    pretrained: str | None = None,
+    verify: bool = True,
 ) -> ModelSource:
     """Find the model and read its architecture, changed as `model` asks; no weights yet. Collective over the world.
 
-    load: folder of a run, or one checkpoint; what it holds wins over the others. pretrained: likewise, of an earlier
-    run, whose weights win over --load-hf's; looked into only where `load` holds no checkpoint. verify: compare a
-    checkpoint's files with their checksums.
+    load: folder of a run, or one checkpoint; what it holds wins over the others. seq_length: tokens of the context for
+    which the rotary embedding is stretched, None where nobody says. pretrained: as `load`, of an earlier run, whose
+    weights win over --load-hf's; looked into only where `load` holds no checkpoint. verify: compare a checkpoint's
+    files with their checksums.
 
     Raises:
         ValueError: neither option names a model, the checkpoint is damaged, or of another model than the folder.
@@ -112,9 +120,7 @@ def open_source(
         raise ValueError(
             "--load-hf: expected a Hugging Face folder to start from (or --load with a checkpoint), got none"
         )
-    return ModelSource(
-        architecture.with_rotary_base(model.rotary_base), saved, load_hf, checkpoint if saved is None else None
-    )
+    return ModelSource(architecture.with_rope(model, seq_length), saved, load_hf, checkpoint if saved is None else None)
 
 
 def row_bos_id(option: int | None, rows: TokenRows, architecture: Architecture) -> int | None:

@@ -51,6 +51,7 @@ def open_inputs(config: RunConfig) -> Inputs:
     source = open_source(
         config.model,
         load=config.checkpoint.load,
+        seq_length=config.data.seq_length,
         pretrained=config.checkpoint.pretrained_checkpoint,
         verify=config.checkpoint.verify_checkpoint,
     )

@@ -206,7 +206,7 @@ class Run:
         train = config.train
         lines = [
             f"{self.layout.describe()}, {'bf16' if config.compute.bf16 else 'fp32'}, rotary base "
-            f"{settings.rotary_base:g}, old context {settings.old_context} tokens",
+            f"{self.inputs.source.architecture.rotary_base:g}, old context {settings.old_context} tokens",
             f"{rows} rows of {config.data.seq_length} tokens, {train.train_iters} steps of "
             f"{settings.global_batch_size}: {train.train_iters * settings.global_batch_size / rows:.2f} epochs",
         ]

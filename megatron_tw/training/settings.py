@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from megatron_tw.config import DEFAULT_KEEP_LOGITS_MIB, RunConfig, ShortWindows
+from megatron_tw.config import DEFAULT_KEEP_LOGITS_MIB, ModelConfig, RunConfig, ShortWindows
 from megatron_tw.data.rows import TokenRows
 from megatron_tw.runtime.source import ModelSource, row_bos_id
 from megatron_tw.weighting.schedule import WeightingSchedule
@@ -12,14 +12,14 @@ from megatron_tw.weighting.schedule import WeightingSchedule
 class Settings:
     """What options, rows, model and ranks decide together, once.
 
-    global_batch_size: rows of a step. loss_keep_logits_mib: 0 keeps none. bos_id: of the token that rows begin with,
-    None where they begin with none. windows: None without --short-window. old_context: n, tokens of the context that
-    the model had before.
+    global_batch_size: rows of a step. loss_keep_logits_mib: 0 keeps none. model: with the rotary embedding's base and
+    factor. bos_id: of the token that rows begin with, None where they begin with none. windows: None without
+    --short-window. old_context: n, tokens of the context that the model had before.
     """
 
     global_batch_size: int
     loss_keep_logits_mib: int
-    rotary_base: float
+    model: ModelConfig
     bos_id: int | None
     windows: ShortWindows | None
     old_context: int
@@ -41,7 +41,7 @@ class Settings:
         return Settings(
             global_batch_size=config.train.batch_size(dp_size),
             loss_keep_logits_mib=keep,
-            rotary_base=source.architecture.rotary_base,
+            model=source.architecture.rope_options(config.model, config.data.seq_length),
             bos_id=row_bos_id(config.data.bos_id, rows, source.architecture),
             windows=windows,
             old_context=source.old_context if windows is None else windows.tokens,
@@ -60,7 +60,7 @@ class Settings:
         return replace(
             config,
             data=replace(config.data, bos_id=self.bos_id),
-            model=replace(config.model, rotary_base=self.rotary_base),
+            model=self.model,
             activations=replace(config.activations, loss_keep_logits_mib=self.loss_keep_logits_mib),
             train=replace(config.train, global_batch_size=self.global_batch_size),
             windows=windows,

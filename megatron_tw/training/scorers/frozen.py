@@ -116,6 +116,7 @@ class LiveFrozenScorer(Scorer):
                 num_query_groups=scorer.num_query_groups,
                 ffn_hidden_size=scorer.ffn_hidden_size,
             )
+            scorer.check_length(inputs.windows.tokens, "--short-window")
             SafetensorsFolder(folder, scorer)
         except ValueError as error:
             raise ValueError(f"--scorer-hf {folder}: {error}") from error
@@ -125,9 +126,10 @@ class LiveFrozenScorer(Scorer):
         """Load the model. Collective over the world."""
         windows = short_window_forward(inputs, trained, include_first=True, pipelined=False)
         layout, config = trained.layout, inputs.config
-        if not layout.is_last_stage:
-            return LiveFrozenScorer(windows, None)
         architecture = read_architecture(folder)
+        if not layout.is_last_stage:
+            load_hf([], folder, architecture, layout)
+            return LiveFrozenScorer(windows, None)
         model = build_unpipelined(architecture, unpipelined(config.parallel), config.compute, layout, trained.device)
         load_hf(model, folder, architecture, layout)
         for parameter in model[0].parameters():
