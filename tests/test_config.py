@@ -2,6 +2,9 @@
 
 import ast
 import dataclasses
+import errno
+import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -110,6 +113,10 @@ def test_the_later_of_two_files_wins(tmp_path: Path) -> None:
         (["--bf16=maybe"], "--bf16"),
         (["--config", "missing.yaml"], "--config: expected a YAML file, got 'missing.yaml'"),
         (["--config"], "--config: expected a YAML file"),
+        (["--save", ""], "--save: expected a string or null, got an empty text"),
+        (["--data-path", " "], "--data-path: expected a string, got an empty text"),
+        (["--transforms", '["minus", ""]'], "--transforms: expected a list of strings or null, got an empty text"),
+        (["--seed", str(2**63)], "--seed: expected an integer of 64 bits, got 9223372036854775808"),
     ],
 )
 def test_wrong_flags_are_named(arguments: list[str], message: str) -> None:
@@ -173,6 +180,52 @@ def test_only_own_mistakes_lose_their_traceback(
     with pytest.raises(SystemExit), user_errors():
         raise OSError("no such\nfile")
     assert capsys.readouterr().err.splitlines()[1:] == ["error (rank 3): no such file"]
+
+
+def test_what_came_from_a_file_is_told_with_its_name(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = write(tmp_path, "short_window: 8192\nshort_stride: 6144\nseq_length: 512\n")
+    parse("--config", file, "--seq-length", "256")
+    with pytest.raises(SystemExit), user_errors():
+        raise ValueError("--short-stride 6144: expected at most 96, with --short-window; --seq-length 256")
+    said = "error: --short-stride 6144 (options.yaml): expected at most 96, with --short-window (options.yaml); "
+    assert capsys.readouterr().err == said + "--seq-length 256\n"
+    with pytest.raises(ValueError, match="--lr: expected a number, got high"):
+        parse("--config", write(tmp_path, "lr: high\n"))
+    with pytest.raises(SystemExit), user_errors():
+        parse("--config", file, "--config", write(tmp_path, "lr: high\n"))
+    assert capsys.readouterr().err == "error: --lr (options.yaml): expected a number, got high\n"
+
+
+def test_the_systems_errors_name_the_option_and_the_path(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    parse("--data-path", str(tmp_path), "--save", str(tmp_path / "run"), "--save-hf", "hf")
+    folder = tmp_path / "run" / "iter_0000001"
+    for error in (
+        OSError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder)),
+        OSError(errno.ENOENT, os.strerror(errno.ENOENT), "elsewhere"),
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        OSError(errno.EIO, os.strerror(errno.EIO)),
+    ):
+        with pytest.raises(SystemExit), user_errors():
+            raise error
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: --save: {folder}: file exists",
+        "error: elsewhere: no such file or directory",
+        f"error: --save {tmp_path / 'run'}, --save-hf hf: no space left on device",
+        "error: input/output error",
+    ]
+
+
+def test_ctrl_c_and_faults_are_one_line_of_their_own(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit) as interrupted, user_errors():
+        raise KeyboardInterrupt
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))  # torchrun makes its summary from it
+    with pytest.raises(SystemExit) as fault, user_errors():
+        raise errors.FaultError("rank 3 hangs")
+    assert (interrupted.value.code, fault.value.code) == (errors.INTERRUPTED, 1)
+    assert capsys.readouterr().err == "interrupted\n"
+    assert json.loads((tmp_path / "error.json").read_text())["message"] == "error: rank 3 hangs"
 
 
 def test_help_shows_every_option_once_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:

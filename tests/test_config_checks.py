@@ -51,6 +51,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tensor_model_parallel_size": 0}, "--tensor-model-parallel-size: expected 1 or more, got 0"),
     ({"pipeline_model_parallel_size": -1}, "--pipeline-model-parallel-size: expected 1 or more"),
     ({"context_parallel_size": 0}, "--context-parallel-size: expected 1 or more"),
+    ({"distributed_timeout_minutes": 10**9}, "--distributed-timeout-minutes: expected at most 525600"),
     ({"distributed_timeout_minutes": 0}, "--distributed-timeout-minutes: expected 1 or more"),
     ({"num_layers_per_virtual_pipeline_stage": 1}, "--pipeline-model-parallel-size above 1"),
     ({"ddp_bucket_size": 0}, "--ddp-bucket-size: expected 1 or more"),
@@ -136,6 +137,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"global_batch_size": 0}, "--global-batch-size: expected 1 or more"),
     ({"seed": -1}, "--seed: expected 0 or more"),
     ({"bos_id": -1}, "--bos-id: expected 0 or more"),
+    ({"make_vocab_size_divisible_by": 2**20}, "--make-vocab-size-divisible-by: expected at most 65536"),
+    ({"global_batch_size": 999_999_999_999}, "--global-batch-size: expected at most 1000000, got 999999999999"),
+    ({"train_iters": 10**10}, "--train-iters: expected at most 1000000000"),
     ({"make_vocab_size_divisible_by": 0}, "--make-vocab-size-divisible-by: expected 1 or more"),
     ({"loss_chunk_tokens": 0}, "--loss-chunk-tokens: expected 1 or more"),
     ({"loss_keep_logits_mib": -1}, "--loss-keep-logits-mib: expected 0 or more"),
@@ -277,7 +281,7 @@ def test_models_that_can_be_cut() -> None:
 
 def test_every_check_is_tested() -> None:
     """The cases above fail at every statement of checks.py that can raise."""
-    helpers = ("_require", "_at_least", "_above", "_within")
+    helpers = ("_require", "_at_least", "_at_most", "_above", "_within")
     public = [node for node in ast.parse(inspect.getsource(checks)).body if isinstance(node, ast.FunctionDef)]
     calls = {
         (node.lineno, node.end_lineno or node.lineno)

@@ -14,8 +14,8 @@ from programs import Answer, Programs
 
 TABLE = Path(__file__).with_name("wrong_inputs.txt")
 TARGETS = ("--save", "--save-hf", "--output", "--tensorboard-dir")
-BAR = re.compile(r"\w[\w ]*: +\d+(%\||\w+ \[)[^\]\r\n]*\]")
-"""A progress bar."""
+BAR = re.compile(r"\w[\w ]*: +\d+(%\||\w+ \[)[^\]\r\n]*\]|[\w() ]+: [\w.,]+ of [\w.,]+ \w+ in \d\d:\d\d[^\n]*")
+"""A progress bar, or a line of one in a log file."""
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,12 @@ def main(argv: Sequence[str]) -> None:
     config = load_options(argv, ConversionConfig, prog="tools/convert_checkpoint.py", description="Convert weights.")
     with user_errors():
         check_conversion(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))  # from the launcher
+        from megatron_tw.parallel.contact import lost_ranks_named
         from megatron_tw.parallel.layout import stop_process_group
         from megatron_tw.programs.convert import convert  # imports torch and Megatron-Core
 
-        written = convert(config)
+        with lost_ranks_named(config.parallel.distributed_timeout_minutes):
+            written = convert(config)
         if os.environ.get("RANK", "0") == "0":
             print(f"written: {written}")
         stop_process_group()

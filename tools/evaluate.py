@@ -22,10 +22,12 @@ def main(argv: Sequence[str]) -> None:
 
         from megatron_tw.evaluation.run import evaluate  # imports torch and Megatron-Core
         from megatron_tw.evaluation.summary import summarize
+        from megatron_tw.parallel.contact import lost_ranks_named
         from megatron_tw.parallel.layout import stop_process_group
 
         options = config.evaluation
-        result = evaluate(config)
+        with lost_ranks_named(config.parallel.distributed_timeout_minutes):
+            result = evaluate(config)
         if result is not None:
             result.save(options.output)
             print(summarize(result, Path(options.output).name, options.key_tokens), flush=True)

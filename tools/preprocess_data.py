@@ -1,10 +1,10 @@
 """Prepares documents as rows of token ids for training and evaluation."""
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from megatron_tw.config import user_errors
+from megatron_tw.config.arguments import ToolParser, path, text
 from megatron_tw.data.prepare import prepare_rows
 from megatron_tw.data.rows import RowsHeader
 
@@ -23,41 +23,44 @@ examples:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
+def build_parser() -> ToolParser:
+    parser = ToolParser("tools/preprocess_data.py", DESCRIPTION, EPILOG)
+    documents = parser.add_argument_group("Documents", "What is read.")
+    documents.add_argument(
         "--input",
         nargs="+",
+        type=text,
         metavar="PATH",
         help="files, quoted globs (** is any depth) or directories (their .txt, .jsonl and .parquet files); "
         "a text file is one document, as is a line of a .jsonl or .json file and a row of a .parquet file",
     )
-    parser.add_argument(
+    documents.add_argument(
+        "--text-key",
+        type=text,
+        metavar="NAME",
+        help="JSON key or parquet column of the document [text; with --tokenizer none: input_ids]",
+    )
+    tokens = parser.add_argument_group("Tokenizer", "Whose token ids the rows hold.")
+    tokens.add_argument(
         "--tokenizer",
+        type=text,
         metavar="PATH",
         help="Hugging Face folder or tokenizer.json, or sentencepiece .model file; "
         "'none': the documents are ready rows of N token ids, stored as they are",
     )
-    parser.add_argument("--seq-length", type=int, metavar="N", help="tokens of a row, BOS included")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="new or empty folder for the rows")
-    parser.add_argument(
-        "--text-key",
-        metavar="NAME",
-        help="JSON key or parquet column of the document (default: text; with --tokenizer none: input_ids)",
-    )
-    parser.add_argument(
-        "--workers", type=int, default=1, metavar="W", help="processes that tokenize (default: 1); same result"
-    )
-    parser.add_argument("--vocab-size", type=int, metavar="V", help="with --tokenizer none: ids must be below it")
-    parser.add_argument("--bos-id", type=int, metavar="ID", help="BOS token, if not the tokenizer's own")
-    parser.add_argument(
+    tokens.add_argument("--vocab-size", type=int, metavar="V", help="with --tokenizer none: ids must be below it")
+    tokens.add_argument("--bos-id", type=int, metavar="ID", help="BOS token, if not the tokenizer's own")
+    rows = parser.add_argument_group("Rows", "What is written, and by how many processes.")
+    rows.add_argument("--seq-length", type=int, metavar="N", help="tokens of a row, BOS included")
+    rows.add_argument("--output", type=path, metavar="DIR", help="new or empty folder for the rows")
+    rows.add_argument("--workers", type=int, default=1, metavar="W", help="processes that tokenize; same result [1]")
+    verification = parser.add_argument_group("Verification", "Instead of all this.")
+    verification.add_argument(
         "--verify",
-        type=Path,
+        type=path,
         metavar="DIR",
-        help="instead of all this: read every row of a folder that this tool or tools/score_tokens.py wrote, and "
-        "compare it with what was written",
+        help="read every row of a folder that this tool or tools/score_tokens.py wrote, and compare it with what was "
+        "written",
     )
     return parser
 
@@ -73,22 +76,22 @@ def summary(header: RowsHeader) -> str:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = build_parser()
-    options = parser.parse_args(arguments)
-    needed = {"--input": options.input, "--tokenizer": options.tokenizer, "--seq-length": options.seq_length,
-              "--output": options.output}  # fmt: skip
-    given = [name for name, value in needed.items() if value is not None]
-    if options.verify is not None and given:
-        parser.error(f"--verify: expected no other option with it, got {', '.join(given)}")
-    if options.verify is None and len(given) < len(needed):
-        parser.error("missing " + ", ".join(name for name in needed if name not in given))
-    try:
+def main(argv: Sequence[str]) -> None:
+    """Parse, prepare or verify, print. A user's mistake is one line on stderr and exit status 2."""
+    with user_errors():
+        options = build_parser().parse(argv)
+        needed = {"--input": options.input, "--tokenizer": options.tokenizer, "--seq-length": options.seq_length,
+                  "--output": options.output}  # fmt: skip
+        given = [name for name, value in needed.items() if value is not None]
+        if options.verify is not None and given:
+            raise ValueError(f"--verify: expected no other option with it, got {', '.join(given)}")
+        if options.verify is None and len(given) < len(needed):
+            raise ValueError("missing " + ", ".join(name for name in needed if name not in given))
         if options.verify is not None:
             from megatron_tw.data.verify import verify_folder  # imports torch
 
             print(verify_folder(options.verify, progress=True))
-            return 0
+            return
         header = prepare_rows(
             options.input,
             options.output,
@@ -100,12 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             workers=options.workers,
             progress=True,
         )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{summary(header)}\nwritten to {options.output}")
-    return 0
+        print(f"{summary(header)}\nwritten to {options.output}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(sys.argv[1:])

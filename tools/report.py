@@ -5,10 +5,10 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from megatron_tw.config import user_errors
+from megatron_tw.config.arguments import ToolParser, by_name, named_path, path, text
 from megatron_tw.data.files import new_folder
 from megatron_tw.evaluation.compare import Comparison, compare
 from megatron_tw.evaluation.key_tokens import GAIN, KeyTokens, choose_key_tokens
@@ -25,69 +25,61 @@ example:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
+def build_parser() -> ToolParser:
+    parser = ToolParser("tools/report.py", __doc__ or "", EPILOG)
+    models = parser.add_argument_group("Models", "What is compared.")
+    models.add_argument(
         "--evaluations",
         nargs="+",
         required=True,
-        type=_named_folder,
+        type=named_path,
         metavar="NAME=DIR",
         help="folders that tools/evaluate.py wrote, in the order of the tables",
     )
-    parser.add_argument(
-        "--key-tokens",
-        required=True,
-        metavar="NAME|DIR",
-        help="the evaluation that chooses the key tokens, with a short NLL: one of the names, or another folder",
-    )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new or empty folder")
-    parser.add_argument(
+    models.add_argument(
         "--runs",
         nargs="+",
         default=[],
-        type=_named_folder,
+        type=named_path,
         metavar="NAME=DIR",
         help="--save folders of training runs, for their curves and options",
     )
-    parser.add_argument(
-        "--reference", metavar="NAME", help="model that others are compared to (default: uniform, else the first)"
+    models.add_argument(
+        "--reference", type=text, metavar="NAME", help="model that others are compared to [uniform, else the first]"
     )
-    parser.add_argument("--base", metavar="NAME", help="model before the extension (default: base, if it is there)")
-    parser.add_argument(
-        "--old-context", type=int, metavar="n", help="context of the base model (default: the key tokens' short window)"
+    models.add_argument("--base", type=text, metavar="NAME", help="model before the extension [base, if it is there]")
+    models.add_argument(
+        "--old-context",
+        type=int,
+        metavar="n",
+        help="tokens of the context before the extension [the shortest that a model had]",
     )
-    parser.add_argument(
+    key = parser.add_argument_group("Key tokens", "Targets that the long context helps.")
+    key.add_argument(
+        "--key-tokens",
+        required=True,
+        type=text,
+        metavar="NAME|DIR",
+        help="the evaluation that chooses them, with a short NLL: one of the names, or another folder",
+    )
+    key.add_argument(
         "--gain",
         type=float,
         default=GAIN,
         metavar="NATS",
-        help="by which the long context lowers a key token's NLL, at least (default: %(default)g)",
+        help="by which the long context lowers a key token's NLL, at least [%(default)g]",
     )
-    parser.add_argument(
+    key.add_argument(
         "--max-long-nll",
         type=float,
         metavar="NATS",
-        help="key tokens must have a long NLL below it (LongPPL: 2; default: no such condition)",
+        help="key tokens must have a long NLL below it (LongPPL: 2) [no such condition]",
     )
-    parser.add_argument("--title", default="Context extension: comparison of models", help="of the page")
-    parser.add_argument("--commands", type=Path, metavar="FILE", help="text file to show: the commands that were run")
+    page = parser.add_argument_group("Page", "What is written.")
+    page.add_argument("--output", type=path, required=True, metavar="DIR", help="new or empty folder")
+    page.add_argument("--title", type=text, default="Context extension: comparison of models", help="of the page")
+    page.add_argument("--commands", type=path, metavar="FILE", help="text file to show: the commands that were run")
     return parser
-
-
-def _named_folder(text: str) -> tuple[str, Path]:
-    name, equals, folder = text.partition("=")
-    if not (name and equals and folder):
-        raise argparse.ArgumentTypeError(f"expected NAME=DIR, got {text!r}")
-    return name, Path(folder)
-
-
-def _by_name(option: str, pairs: Sequence[tuple[str, Path]]) -> dict[str, Path]:
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError(f"{option}: each name may stand once, got {' '.join(name for name, _ in pairs)}")
-    return dict(pairs)
 
 
 def choose(
@@ -120,8 +112,8 @@ def report_json(comparison: Comparison) -> dict[str, Any]:
 
 def write_report(options: argparse.Namespace) -> Comparison:
     """Read, compare, draw, write. Raises ValueError for what does not fit, before anything is written."""
-    evaluations = _by_name("--evaluations", options.evaluations)
-    runs = _by_name("--runs", options.runs)
+    evaluations = by_name("--evaluations", options.evaluations)
+    runs = by_name("--runs", options.runs)
     results = {name: EvaluationResult.load(folder) for name, folder in evaluations.items()}
     metrics = {name: read_metrics(folder) for name, folder in runs.items()}
     commands = read_text("--commands", options.commands) if options.commands else None
@@ -149,12 +141,13 @@ def write_report(options: argparse.Namespace) -> Comparison:
     return comparison
 
 
-def main(arguments: Sequence[str]) -> None:
-    options = build_parser().parse_args(arguments)
+def main(argv: Sequence[str]) -> None:
+    """Parse, compare, write, print. A user's mistake is one line on stderr and exit status 2."""
     with user_errors():
+        options = build_parser().parse(argv)
         comparison = write_report(options)
-    print(format_tables(comparison))
-    print(f"\nwritten to {options.output}: report.html, report.json and the plots")
+        print(format_tables(comparison))
+        print(f"\nwritten to {options.output}: report.html, report.json and the plots")
 
 
 if __name__ == "__main__":

@@ -19,10 +19,12 @@ def main(argv: Sequence[str]) -> None:
     )
     with user_errors():
         check_scoring(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))  # from the launcher
+        from megatron_tw.parallel.contact import lost_ranks_named
         from megatron_tw.parallel.layout import stop_process_group
         from megatron_tw.programs.scoring import score_tokens  # imports torch and Megatron-Core
 
-        scores = score_tokens(config)
+        with lost_ranks_named(config.parallel.distributed_timeout_minutes):
+            scores = score_tokens(config)
         if os.environ.get("RANK", "0") == "0":
             print(f"scores: {scores}", flush=True)
         stop_process_group()

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_tw.config import check_config, load_config, user_errors
+from megatron_tw.config.errors import INTERRUPTED
 
 
 def main(argv: Sequence[str]) -> None:
@@ -15,11 +16,15 @@ def main(argv: Sequence[str]) -> None:
     config = load_config(argv, prog="tools/train.py", description="Extend a model's context window.")
     with user_errors():
         check_config(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))  # from the launcher
+        from megatron_tw.parallel.contact import lost_ranks_named
         from megatron_tw.parallel.layout import stop_process_group
         from megatron_tw.training.loop import train  # after the checks: it imports torch and Megatron-Core
 
-        train(config)
+        with lost_ranks_named(config.parallel.distributed_timeout_minutes):
+            run = train(config)
         stop_process_group()
+    if run.interrupted:
+        sys.exit(INTERRUPTED)  # like a program that Ctrl-C ended, so that a script does not go on to its next line
 
 
 if __name__ == "__main__":

@@ -24,6 +24,13 @@ from megatron_tw.config.schema import (
     WindowsConfig,
 )
 
+LARGEST_BATCH = 10**6
+"""Rows of a step; beyond it, somebody's slip."""
+LARGEST_STEP = 10**9
+LARGEST_TIMEOUT = 60 * 24 * 365
+"""Minutes: a year. What the system's clocks take ends not far above."""
+LARGEST_VOCABULARY_MULTIPLE = 2**16
+
 
 def check_config(config: RunConfig, world_size: int | None = None) -> None:
     """Check a training run's options with each other, and with the number of ranks where that is known."""
@@ -41,6 +48,10 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
     _at_least(1, train_iters=config.train.train_iters, micro_batch_size=config.train.micro_batch_size)
     _at_least(1, global_batch_size=config.train.global_batch_size, exit_interval=config.train.exit_interval)
     _at_least(1, exit_duration_in_mins=config.train.exit_duration_in_mins)
+    _at_most(LARGEST_STEP, train_iters=config.train.train_iters)
+    _at_most(
+        LARGEST_BATCH, micro_batch_size=config.train.micro_batch_size, global_batch_size=config.train.global_batch_size
+    )
     _at_least(1, eval_interval=config.train.eval_interval, eval_iters=config.train.eval_iters)
     _require(
         (config.train.eval_interval is None) == (config.data.valid_data_path is None),
@@ -95,6 +106,7 @@ def check_parallel(parallel: ParallelConfig, world_size: int | None = None) -> N
         num_layers_per_virtual_pipeline_stage=parallel.num_layers_per_virtual_pipeline_stage,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
+    _at_most(LARGEST_TIMEOUT, distributed_timeout_minutes=parallel.distributed_timeout_minutes)
     _require(
         parallel.num_layers_per_virtual_pipeline_stage is None or parallel.pipeline_model_parallel_size > 1,
         "--num-layers-per-virtual-pipeline-stage: expected a --pipeline-model-parallel-size above 1 with it, got 1",
@@ -204,6 +216,7 @@ def check_model(model: ModelConfig) -> None:
 def check_compute(compute: ComputeConfig, parallel: ParallelConfig) -> None:
     """Ranges of the computation's options, and whose layers know what --cp-comm-type asks for."""
     _at_least(1, make_vocab_size_divisible_by=compute.make_vocab_size_divisible_by)
+    _at_most(LARGEST_VOCABULARY_MULTIPLE, make_vocab_size_divisible_by=compute.make_vocab_size_divisible_by)
     _at_least(1, loss_chunk_tokens=compute.loss_chunk_tokens)
     _require(
         compute.transformer_impl != "local" or parallel.cp_comm_type == "p2p",
@@ -357,6 +370,11 @@ def _require(condition: bool, message: str) -> None:
 def _at_least(low: float, **values: float | None) -> None:
     for name, value in values.items():
         _require(value is None or low <= value < math.inf, f"{flag(name)}: expected {low} or more, got {value}")
+
+
+def _at_most(high: float, **values: float | None) -> None:
+    for name, value in values.items():
+        _require(value is None or value <= high, f"{flag(name)}: expected at most {high}, got {value}")
 
 
 def _above(low: float, **values: float | None) -> None:

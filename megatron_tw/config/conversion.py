@@ -50,6 +50,8 @@ def check_conversion(config: ConversionConfig, world_size: int) -> None:
     given = [pair for pair in directions if all(pair)]
     if len(given) != 1 or sum(value is not None for pair in directions for value in pair) != 2:
         raise ValueError("expected --load with --save-hf, or --load-hf with --save, and nothing of the other pair")
+    if options.seq_length is not None and options.seq_length < 2:
+        raise ValueError(f"--seq-length: expected 2 or more, got {options.seq_length}")
     (source, target), (source_name, target_name) = (
         given[0],
         ("load", "save_hf") if options.load else ("load_hf", "save"),

@@ -18,7 +18,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, DefaultHelpFormatter
 
-from megatron_tw.config.errors import user_errors
+from megatron_tw.config.errors import remember_options, user_errors
 from megatron_tw.config.options import Option, flag, groups_of, options_of
 from megatron_tw.config.programs import programs_with
 from megatron_tw.config.schema import RunConfig
@@ -49,16 +49,21 @@ def parse_options(argv: Sequence[str], schema: type[Schema], *, prog: str = "", 
         message names it.
     """
     options = options_of(schema)
+    remember_options({}, {})
     parser = _parser(schema, options, prog, description)
     files, flags = _split_config_files(argv)
     _check_flags(flags, options)
     for file in files:
         _check_yaml(file, options)
+    origins = _files_of_values(files, flags, options)
+    remember_options({}, origins)
     arguments = [f"--config={_as_flags_take_it(file)}" for file in files] + _join_lists(flags, options)
     try:
         values = vars(parser.parse_args(arguments))
     except ArgumentError as error:
         raise ValueError(_one_line(str(error), options)) from None
+    _check_values(values, options)
+    remember_options({name: values[name] for name in options}, origins)
     groups = {
         name: group(**{field.name: values[field.name] for field in fields(group)})
         for name, group in groups_of(schema).items()
@@ -108,7 +113,10 @@ def _parser(schema: type, options: dict[str, Option], prog: str, description: st
         print_config=None,
     )
     parser.add_argument(
-        "--config", action="config", metavar="FILE.yaml", help="YAML file of options; flags win over it"
+        "--config",
+        action="config",
+        metavar="FILE.yaml",
+        help="YAML file of options; flags win over it, and of several files the later",
     )
     for name, group in groups_of(schema).items():
         title, _, text = (inspect.getdoc(group) or name).partition(":")
@@ -144,7 +152,7 @@ def _split_config_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return files, rest
 
 
-def _unknown(name: str, known: Iterable[str]) -> str:
+def unknown_option(name: str, known: Iterable[str]) -> str:
     """What to say of an unknown name, a flag or a YAML key: which programs have it, or else the nearest known one."""
     option = name.lstrip("-").replace("-", "_")
     programs = programs_with(option) or programs_with(option.removeprefix("no_"))
@@ -162,7 +170,7 @@ def _check_flags(flags: Sequence[str], options: dict[str, Option]) -> None:
     for argument in flags:
         name = argument.partition("=")[0]
         if name.startswith("--") and name not in known:
-            raise ValueError(_unknown(name, known))
+            raise ValueError(unknown_option(name, known))
 
 
 def _check_yaml(file: str, options: dict[str, Option]) -> None:
@@ -181,7 +189,7 @@ def _check_yaml(file: str, options: dict[str, Option]) -> None:
     for key, value in root.value:
         name, place = str(key.value), f"--config {file}, line {key.start_mark.line + 1}"
         if name not in options:
-            raise ValueError(f"{place}: {_unknown(name, options)}")
+            raise ValueError(f"{place}: {unknown_option(name, options)}")
         if name in seen:
             raise ValueError(f"{place}: {name} is set twice")
         seen.add(name)
@@ -219,6 +227,27 @@ def _as_flags_take_it(file: str) -> str:
     if isinstance(parameters, dict):
         texts["weighting_parameters"] = [f"{name}={number}" for name, number in parameters.items()]
     return yaml.safe_dump({**content, **texts}, sort_keys=False) if texts else file
+
+
+def _check_values(values: dict[str, Any], options: dict[str, Option]) -> None:
+    """What no option takes: an empty text (a variable that is not set, in a path), an integer beyond 64 bits."""
+    for name in options:
+        for value in values[name] if isinstance(values[name], list | tuple) else [values[name]]:
+            if isinstance(value, str) and not value.strip():
+                raise ValueError(f"{flag(name)}: expected {options[name].expected}, got an empty text")
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise ValueError(f"{flag(name)}: expected an integer of 64 bits, got {value}")
+
+
+def _files_of_values(files: Sequence[str], flags: Sequence[str], options: dict[str, Option]) -> dict[str, str]:
+    """The YAML file of each option whose value no flag gave."""
+    origins: dict[str, str] = {}
+    for file in files:
+        origins |= dict.fromkeys(yaml.safe_load(Path(file).read_text(encoding="utf-8")), file)
+    given = {argument.partition("=")[0] for argument in flags}
+    return {
+        name: file for name, file in origins.items() if not given & {flag(name), flag("no_" + name)} and name in options
+    }
 
 
 def _join_lists(flags: Sequence[str], options: dict[str, Option]) -> list[str]:

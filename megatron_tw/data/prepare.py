@@ -7,6 +7,7 @@
 The result is the same, byte for byte, with any number of workers. Shapes: R rows, N tokens of a row (`seq_length`).
 """
 
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,10 +19,10 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from megatron_tw.data.documents import Document, expand_inputs, read_documents
 from megatron_tw.data.files import new_folder
+from megatron_tw.data.progress import Progress
 from megatron_tw.data.rows import TOKENIZER_DIR, RowCounts, RowsHeader, RowsWriter, TokenizerInfo, file_digests
 from megatron_tw.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -93,7 +94,7 @@ def prepare_rows(
         raise ValueError(f"--workers {workers}: at least 1 is needed")
     files, repeated = expand_inputs(inputs)
     if repeated and progress:
-        tqdm.write(f"--input: {repeated} files were named more than once; each of the {len(files)} files is read once")
+        print(f"--input: {repeated} files were named more than once; each of the {len(files)} files is read once")
     loaded = None if tokenizer is None else load_tokenizer(tokenizer)
     vocab_size, bos_id = _vocabulary(loaded, vocab_size, bos_id)
     ready_ids = loaded is None
@@ -109,7 +110,7 @@ def prepare_rows(
             assert bos_id is not None
             cut = _tokenize(documents, loaded, seq_length, bos_id, workers)
         total_bytes = sum(file.stat().st_size for file in files)
-        with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="prepare rows", disable=not progress) as bar:
+        with Progress("preparing rows", total_bytes, "B", show=progress, scale=True) as bar:
             counts, longest = _write(cut, writer, bar, tokens_per_row=seq_length if ready_ids else seq_length - 1)
         if counts.rows == 0:
             raise ValueError(
@@ -211,12 +212,17 @@ def _worker_tokenizer(path: Path) -> Tokenizer:
     return load_tokenizer(path)
 
 
+def _end_at_ctrl_c() -> None:
+    """At once and without a word: the parent speaks."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _map_in_order(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
     """`map` over processes: results in the order of the tasks, which are read only a little ahead of the results.
 
     (Pool.imap would read all of them.) The processes are spawned, not forked: this one may run threads.
     """
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_at_ctrl_c)
     pending: deque[Future[Result]] = deque()
     try:
         for task in tasks:
@@ -229,7 +235,7 @@ def _map_in_order(function: Callable[[Task], Result], tasks: Iterable[Task], wor
         pool.shutdown(cancel_futures=True)
 
 
-def _write(cut: Iterable[CutDocument], writer: RowsWriter, bar: tqdm, tokens_per_row: int) -> tuple[RowCounts, int]:
+def _write(cut: Iterable[CutDocument], writer: RowsWriter, bar: Progress, tokens_per_row: int) -> tuple[RowCounts, int]:
     """Writes all rows; returns the counts and the length of the longest document in tokens."""
     documents = tokens = rows = too_short = longest = 0
     for document in cut:

@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from tqdm import tqdm
-
+from megatron_tw.data.progress import Progress
 from megatron_tw.data.rows import HEADER_FILE as ROWS_HEADER
 from megatron_tw.data.rows import TokenRows, check_fingerprint
 from megatron_tw.data.scores import HEADER_FILE as SCORES_HEADER
@@ -31,7 +30,7 @@ def verify_folder(folder: str | Path, *, progress: bool = False) -> str:
     rows = TokenRows(folder)
     if rows.digests_R is not None:
         _each_row(lambda row: rows[row], len(rows), progress)
-    with _bar(len(rows), progress) as bar:
+    with _progress(len(rows), progress) as bar:
         check_fingerprint(rows, progress=bar.update)
     return f"{folder}: {len(rows):,} rows of {rows.header.seq_length:,} tokens are intact"
 
@@ -39,7 +38,7 @@ def verify_folder(folder: str | Path, *, progress: bool = False) -> str:
 def _each_row(check: Callable[[int], object], num_rows: int, progress: bool) -> None:
     first: ValueError | None = None
     damaged = 0
-    with _bar(num_rows, progress) as bar:
+    with _progress(num_rows, progress) as bar:
         for row in range(num_rows):
             try:
                 check(row)
@@ -50,5 +49,5 @@ def _each_row(check: Callable[[int], object], num_rows: int, progress: bool) -> 
         raise ValueError(f"{first} ({damaged} of {num_rows} rows)")
 
 
-def _bar(num_rows: int, progress: bool) -> tqdm:
-    return tqdm(total=num_rows, desc="verifying", unit="row", disable=None if progress else True)
+def _progress(num_rows: int, show: bool) -> Progress:
+    return Progress("verifying", num_rows, "rows", show=show)

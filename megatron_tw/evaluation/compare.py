@@ -101,7 +101,8 @@ def compare(
     Args:
         results: the evaluations by the models' names, in the order of the table.
         key: one fixed set for all of them.
-        old_context: n, tokens of the rows that the base model was trained on (None: the key tokens' short window).
+        old_context: n, tokens of the context before the extension (None: the shortest that a model's evaluation
+            names and that is shorter than the rows, else the key tokens' short window).
         reference: the model that the others are compared to (None: "uniform" if there is one, else the first).
         base: the model before the extension (None: "base" if there is one).
 
@@ -119,10 +120,11 @@ def compare(
             raise ValueError(f"{option} {name}: expected one of {', '.join(results)}")
     for name, result in results.items():
         _check_same_targets(name, result, key.name, key.source)
+    seq_length = key.source.header.seq_length
     if old_context is None:
         assert key.source.header.short_window is not None  # it made the short NLL
-        old_context = key.source.header.short_window
-    seq_length = key.source.header.seq_length
+        named = [result.header.old_context for result in results.values() if result.header.old_context is not None]
+        old_context = min((n for n in named if 1 < n < seq_length), default=key.source.header.short_window)
     if not 1 < old_context < seq_length:
         raise ValueError(f"--old-context: expected 2 to {seq_length - 1} (below the rows' length), got {old_context}")
     models = tuple(

@@ -57,6 +57,15 @@ class EvaluationHeader:
     """RowsHeader.fingerprint of the dataset."""
     tokenizer_fingerprint: str | None
     """None: the rows were made from ready ids."""
+    old_context: int | None = None
+    """Tokens of the context that the model had before it was extended, or that its config.json names; None: written
+    before this was kept."""
+
+    @property
+    def known_context(self) -> int | None:
+        """The context that parts positions: the model's old one where that is shorter than the rows, else the short
+        window."""
+        return self.old_context if self.old_context and 1 < self.old_context < self.seq_length else self.short_window
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -102,7 +111,7 @@ class EvaluationResult:
     def figures(self) -> dict[str, object]:
         """What evaluation.json says besides the header: `FIGURES`."""
         mean = mean_nll(self.long_nll, self.valid)
-        edges = position_edges(self.header.seq_length, old_context=self.header.short_window)
+        edges = position_edges(self.header.seq_length, old_context=self.header.known_context)
         buckets = nll_by_position(self.long_nll, self.valid, edges)
         values = (
             len(self.row_index),

@@ -12,15 +12,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_tw.config.evaluation import EvaluationConfig, check_evaluation
 from megatron_tw.data.files import check_new_folder
+from megatron_tw.data.progress import Progress
 from megatron_tw.data.rows import TokenRows
 from megatron_tw.evaluation.compare import check_same_rows
 from megatron_tw.evaluation.key_tokens import choose_key_tokens
 from megatron_tw.evaluation.result import EvaluationHeader, EvaluationResult
 from megatron_tw.model.forward import ShortWindowForward, long_nll
+from megatron_tw.parallel.contact import now_at
 from megatron_tw.parallel.devices import Device
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.runtime.opening import join_world, open_model, open_rows
@@ -59,6 +60,7 @@ def evaluate(config: EvaluationConfig) -> EvaluationResult | None:
         rotary_base=source.architecture.rotary_base,
         data_fingerprint=rows.header.fingerprint,
         tokenizer_fingerprint=rows.header.tokenizer.fingerprint if rows.header.tokenizer is not None else None,
+        old_context=source.old_context,
     )
     if options.key_tokens is not None:
         key_tokens = choose_key_tokens(EvaluationResult.load(options.key_tokens), options.key_tokens)
@@ -87,7 +89,7 @@ def evaluate(config: EvaluationConfig) -> EvaluationResult | None:
         device,
         micro_batch_size=options.micro_batch_size,
         short_forward=short_forward,
-        bar=tqdm(desc="evaluating", unit="pass", disable=not layout.reports),
+        what="evaluating",
     )
     if nlls is None or layout.tp_rank or layout.cp_rank or layout.dp_rank:
         return None
@@ -112,25 +114,26 @@ def nll_of_rows(
     *,
     micro_batch_size: int,
     short_forward: ShortWindowForward | None = None,
-    bar: tqdm,
+    what: str,
+    keep_bar: bool = True,
 ) -> tuple[Tensor, Tensor | None] | None:
     """Long NLL [R, T] and, with `short_forward`, short NLL [R, T] of the first `num_rows` rows, fp32 on the CPU; on
-    all ranks of the last pipeline stage, None on the others. Collective over the world; `bar` counts the passes, and
-    is closed."""
+    all ranks of the last pipeline stage, None on the others. Collective over the world. what, keep_bar: see `Progress`,
+    which counts the passes."""
     rows_per_pass = micro_batch_size * layout.pp_size  # as many as the pipeline wants at a time
     passes = range(0, -(-num_rows // layout.dp_size), rows_per_pass)
     parts: list[list[Tensor]] = []
-    bar.reset(total=len(passes))
-    for first in passes:
-        # Rows past the end stand in for nothing and are dropped below.
-        mine = [min((first + i) * layout.dp_size + layout.dp_rank, num_rows - 1) for i in range(rows_per_pass)]
-        tokens_RN = torch.from_numpy(np.stack([rows[row] for row in mine])).to(device.device)
-        long_RT = long_nll(model, tokens_RN, layout, micro_batch_size=micro_batch_size)
-        short_RT = short_forward.short_nll(model, tokens_RN) if short_forward is not None else None
-        if long_RT is not None:
-            parts.append([long_RT] if short_RT is None else [long_RT, short_RT])
-        bar.update()
-    bar.close()
+    with Progress(what, len(passes), "passes", show=layout.reports, keep=keep_bar) as progress:
+        for first in passes:
+            now_at(f"{what}, row {first * layout.dp_size}")
+            # Rows past the end stand in for nothing and are dropped below.
+            mine = [min((first + i) * layout.dp_size + layout.dp_rank, num_rows - 1) for i in range(rows_per_pass)]
+            tokens_RN = torch.from_numpy(np.stack([rows[row] for row in mine])).to(device.device)
+            long_RT = long_nll(model, tokens_RN, layout, micro_batch_size=micro_batch_size)
+            short_RT = short_forward.short_nll(model, tokens_RN) if short_forward is not None else None
+            if long_RT is not None:
+                parts.append([long_RT] if short_RT is None else [long_RT, short_RT])
+            progress.update()
     if not layout.is_last_stage:
         return None
     nlls = [_in_row_order(torch.cat(nll), num_rows, layout) for nll in zip(*parts, strict=True)]

@@ -13,7 +13,7 @@ def summarize(result: EvaluationResult, name: str, key_tokens: str | None) -> st
     model's own."""
     mean = mean_nll(result.long_nll, result.valid)
     lines = [f"{name}: {len(result.row_index)} rows of {result.header.seq_length} tokens, NLL {mean:.4f}"]
-    edges = position_edges(result.header.seq_length, old_context=result.header.short_window)
+    edges = position_edges(result.header.seq_length, old_context=result.header.known_context)
     for bucket in nll_by_position(result.long_nll, result.valid, edges):
         figure = "no target" if bucket.nll is None else f"{bucket.nll:.4f}"
         lines.append(f"  positions {bucket.first:>7} - {bucket.last:<7} {figure}")

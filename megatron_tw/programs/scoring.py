@@ -14,9 +14,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_tw.config.scoring import ScoringConfig, check_scoring
+from megatron_tw.data.progress import Progress
 from megatron_tw.data.rows import TokenRows
 from megatron_tw.data.score_parts import ScoreParts, rows_per_part
 from megatron_tw.data.scores import ScoresHeader
@@ -26,6 +26,7 @@ from megatron_tw.model.families.table import expected_tensors
 from megatron_tw.model.forward import ShortWindowForward
 from megatron_tw.model.gpt import TokenWeightedGPT
 from megatron_tw.model.huggingface import SafetensorsFolder
+from megatron_tw.parallel.contact import now_at
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.runtime.lock import hold_folder
 from megatron_tw.runtime.opening import join_world, named, open_model
@@ -118,20 +119,21 @@ def _score_parts(
     missing = _missing_parts(parts, layout)
     mine = missing[layout.dp_rank :: layout.dp_size]
     if layout.reports and len(missing) < len(parts):
-        tqdm.write(f"going on: {len(parts) - len(missing)} of {len(parts)} parts are there")
+        print(f"going on: {len(parts) - len(missing)} of {len(parts)} parts are there", flush=True)
     replica = f" (1 of {layout.dp_size} replicas)" if layout.dp_size > 1 else ""
     total = sum(len(parts.rows_of(part)) for part in mine)
-    with tqdm(total=total, desc=f"scoring{replica}", unit="row", disable=not layout.reports) as bar:
+    with Progress(f"scoring{replica}", total, "rows", show=layout.reports) as progress:
         for part in mine:
             nlls, first, last = [], parts.rows_of(part).start, parts.rows_of(part).stop
             for start in range(first, last, rows_at_once):
+                now_at(f"scoring, row {start}")
                 index = range(start, min(start + rows_at_once, last))
                 tokens_RN = torch.from_numpy(np.stack([rows[row] for row in index])).to(device)
                 short_RT = forward.short_nll(chunks, tokens_RN)
                 if short_RT is not None:
                     _check_finite(short_RT, index)
                     nlls.append(short_RT.cpu())
-                bar.update(len(index))
+                progress.update(len(index))
             if layout.is_last_stage and layout.tp_rank == 0 and layout.cp_rank == 0:
                 parts.write(part, torch.cat(nlls).numpy())
 

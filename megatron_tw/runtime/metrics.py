@@ -7,6 +7,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_tw.data.progress import bar_options
+
 
 class MetricsLog:
     """One JSON object a step in `metrics.jsonl`, the same numbers in TensorBoard, a progress bar on the terminal.
@@ -42,9 +44,7 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=start_iteration + 1)
-        self._bar = tqdm(
-            initial=start_iteration, total=train_iters, desc="training", unit="step", dynamic_ncols=True, disable=None
-        )
+        self._bar = tqdm(initial=start_iteration, total=train_iters, desc="training", unit="step", **bar_options())
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Record one step. `metrics` holds `iteration`, numbers, and perhaps `by_position` and `valid_by_position`:

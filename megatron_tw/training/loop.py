@@ -9,10 +9,11 @@ import torch
 from megatron_tw.config import RunConfig, differences
 from megatron_tw.data.loader import Loader, RowOrder
 from megatron_tw.model.build import build_model, save_hf
+from megatron_tw.parallel.contact import now_at
 from megatron_tw.parallel.devices import Device, peak_memory_bytes
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.runtime.checkpoint import CONFIG_FILE, save_checkpoint
-from megatron_tw.runtime.exits import Exits
+from megatron_tw.runtime.exits import CTRL_C, Exits
 from megatron_tw.runtime.lock import FolderLock
 from megatron_tw.runtime.metrics import MetricsLog
 from megatron_tw.runtime.opening import join_world, open_layout
@@ -60,6 +61,7 @@ class Run:
     """A training run that is set up: model, optimizer, data and how far it has come.
 
     lock, export_lock: rank 0's, of --save and --save-hf; None on the others, and where nobody else can write there.
+    interrupted: whether Ctrl-C ended it.
     """
 
     config: RunConfig
@@ -72,6 +74,7 @@ class Run:
     iteration: int = 0
     lock: FolderLock | None = None
     export_lock: FolderLock | None = None
+    interrupted: bool = False
 
     @staticmethod
     def start(config: RunConfig, inputs: Inputs, layout: Layout, device: Device) -> "Run":
@@ -144,11 +147,13 @@ class Run:
         try:
             with Exits(config.train, self.step.device) as exits:
                 while self.iteration < last:
+                    now_at(f"step {self.iteration + 1}")
                     metrics = self.step(next(self.loader), self.iteration)
                     self.iteration += 1
                     if self.validation is not None and (
                         self.iteration % self.validation.interval == 0 or self.iteration == last
                     ):
+                        now_at(f"the held-out rows after step {self.iteration}")
                         metrics |= self.validation.metrics(self.step.model)
                     if log is not None:
                         log.write(self._with_run_metrics(metrics))
@@ -156,10 +161,12 @@ class Run:
                     interval = config.checkpoint.save_interval
                     due = interval is not None and self.iteration % interval == 0
                     if config.checkpoint.save is not None and (due or reason or self.iteration == last):
+                        now_at(f"the checkpoint of step {self.iteration}")
                         directory = self._save()
                         if log is not None:
                             log.say(f"checkpoint: {directory}")
                     if reason:
+                        self.interrupted = reason == CTRL_C
                         if log is not None:
                             log.say(f"stopped after step {self.iteration} of {last}: {reason}")
                         break
@@ -167,6 +174,7 @@ class Run:
             if log is not None:
                 log.close()
         if config.checkpoint.save_hf is not None and self.iteration == last:
+            now_at("the export")
             self._export(config.checkpoint.save_hf)
 
     def _open_log(self) -> MetricsLog | None:
@@ -216,6 +224,13 @@ class Run:
             windows = settings.windows
             weighting += f", {config.scorer.scorer} scorer, windows of {windows.tokens} every {windows.stride} tokens"
         lines.append(weighting)
+        warmup, steps = config.optimizer.lr_warmup_iters, train.train_iters
+        if warmup >= steps:
+            highest = config.optimizer.lr * (steps - 1) / warmup
+            lines.append(
+                f"warning: --lr-warmup-iters {warmup} does not end within --train-iters {steps}: the highest learning "
+                f"rate of this run is {highest:.3g}, not --lr {config.optimizer.lr:g}"
+            )
         if config.checkpoint.save is None and config.checkpoint.save_hf is None:
             lines.append("warning: neither --save nor --save-hf: nothing of this run is kept")
         return lines

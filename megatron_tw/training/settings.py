@@ -14,7 +14,7 @@ class Settings:
 
     global_batch_size: rows of a step. loss_keep_logits_mib: 0 keeps none. model: with the rotary embedding's base and
     factor. bos_id: of the token that rows begin with, None where they begin with none. windows: None without
-    --short-window. old_context: n, tokens of the context that the model had before.
+    --short-window. old_context: tokens of the context that the model had before.
     """
 
     global_batch_size: int
@@ -44,7 +44,7 @@ class Settings:
             model=source.architecture.rope_options(config.model, config.data.seq_length),
             bos_id=row_bos_id(config.data.bos_id, rows, source.architecture),
             windows=windows,
-            old_context=source.old_context if windows is None else windows.tokens,
+            old_context=source.old_context,
         )
 
     def fill_in(self, config: RunConfig) -> RunConfig:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from megatron_tw.config import RunConfig
 from megatron_tw.data.rows import TokenRows
@@ -59,9 +58,15 @@ class Validation:
             ValueError: the mean is NaN or infinite; on every rank.
         """
         layout = self.layout
-        bar = tqdm(desc="validating", unit="pass", disable=None if layout.reports else True, leave=False)
         nlls = nll_of_rows(
-            model, self.rows, self.num_rows, layout, self.device, micro_batch_size=self.micro_batch_size, bar=bar
+            model,
+            self.rows,
+            self.num_rows,
+            layout,
+            self.device,
+            micro_batch_size=self.micro_batch_size,
+            what="validating",
+            keep_bar=False,
         )
         means = torch.full((len(self.edges),), torch.nan, dtype=torch.float64, device=self.device.device)
         if nlls is not None:

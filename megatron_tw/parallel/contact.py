@@ -1,0 +1,108 @@
+"""Ranks that stop answering: who they are, how far they came, and where the others wait for them.
+
+Each rank keeps in the store of the world how far it is (`now_at`). When a collective fails, because its time is over
+or because a rank is gone, every rank that sees it leaves a mark there; the ranks without one are those that hang.
+"""
+
+import os
+import re
+import socket
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_tw.config.errors import FaultError
+
+SECONDS_TO_ANSWER = 5.0
+"""What a rank that saw the failure waits for the others that did."""
+_LOST = re.compile(r"timed out waiting|timeout|connection closed by peer|connection reset by peer|broken pipe", re.I)
+_TIME_OVER = re.compile(r"timed? ?out", re.I)
+_HERE = Path(__file__).resolve().parents[2]
+_NAMED = 8
+
+
+def now_at(place: str) -> None:
+    """Say where this rank is, as "step 12": what others tell of it should it stop answering. Not collective."""
+    store = _store()
+    if store is not None:
+        with suppress(RuntimeError):
+            store.set(f"at/{dist.get_rank()}", f"{place} on {socket.gethostname()}")
+
+
+@contextmanager
+def lost_ranks_named(timeout_minutes: float) -> Iterator[None]:
+    """Around a program's work: turn the failure of a collective into one line, on the ranks that see it.
+
+    timeout_minutes: --distributed-timeout-minutes, for the message.
+
+    Raises:
+        FaultError: names the collective, the ranks that did not answer, and where they were.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _LOST.search(str(error)) or not dist.is_initialized():
+            raise
+        waited = f" within {timeout_minutes:g} minutes (--distributed-timeout-minutes)"
+        why = f"no answer{waited if _TIME_OVER.search(str(error)) else ': the connection was lost'}"
+        raise FaultError(f"{collective_of(error)}: {why}; {_missing()}") from error
+
+
+def collective_of(error: BaseException) -> str:
+    """The collective that failed and who called it, as "all_reduce (training/step.py:190)"."""
+    frames = traceback.extract_tb(error.__traceback__)
+    name, caller = "a collective", None
+    for frame in frames:
+        file = frame.filename.replace(os.sep, "/")
+        if "/torch/distributed/" not in file and not file.endswith("/contextlib.py"):
+            name, caller = frame.line or frame.name, frame
+        elif (
+            caller is not None and not name.isidentifier() and "/torch/distributed/" in file and frame.name != "wrapper"
+        ):
+            name = frame.name
+    if not name.isidentifier():
+        found = re.search(r"(\w+)\(", name)
+        name = found[1] if found else "a collective"
+    if caller is None:
+        return name
+    path = Path(caller.filename)
+    if path.is_relative_to(_HERE) and "site-packages" not in path.parts:
+        return f"{name} ({path.relative_to(_HERE)}:{caller.lineno})"
+    return f"{name} ({'/'.join(path.parts[-3:])}:{caller.lineno})"
+
+
+def _missing() -> str:
+    """The ranks that left no mark, and where each of them was."""
+    store, me, size = _store(), dist.get_rank(), dist.get_world_size()
+    if store is None:
+        return "no other rank"
+    silent = set(range(size)) - {me}
+    try:
+        store.set(f"lost/{me}", "")
+        until = time.monotonic() + SECONDS_TO_ANSWER
+        while silent and time.monotonic() < until:
+            silent = {rank for rank in silent if not store.check([f"lost/{rank}"])}
+            time.sleep(0.1)
+        if not silent:
+            return "every rank waits: they do not wait for the same collective"
+        said = [f"rank {rank} ({_place(store, rank)})" for rank in sorted(silent)[:_NAMED]]
+        more = f" and {len(silent) - _NAMED} more" if len(silent) > _NAMED else ""
+        mine = _place(store, me).rpartition(" on ")[0]
+        return f"waited at {mine} for {', '.join(said)}{more}"
+    except RuntimeError:  # the store is gone with the rank or the launcher that kept it
+        return "the store of the ranks is gone too"
+
+
+def _place(store: dist.Store, rank: int) -> str:
+    key = f"at/{rank}"
+    return store.get(key).decode() if store.check([key]) else "at its start"
+
+
+def _store() -> dist.Store | None:
+    if not dist.is_initialized():
+        return None
+    return dist.PrefixStore("megatron_tw/contact", dist.distributed_c10d._get_default_store())
