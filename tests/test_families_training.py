@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_training import run_steps
+from test_training import metrics_of, run_all, run_steps
 from tiny import BOS, SEQ_LENGTH, STRIDE, VOCAB, WINDOW, Axes, prepare_ready_rows, reference_rows
 from torch import Tensor
 
@@ -132,23 +132,46 @@ def data(tmp_path_factory) -> Path:
     return prepare_ready_rows(reference_rows(), tmp_path_factory.mktemp("rows") / "rows")
 
 
+def run_config(folder: Path, data: Path, scheme: str, axes: Axes, *more: str) -> RunConfig:
+    argv = [
+        *("--load-hf", str(folder), "--data-path", str(data), "--seq-length", str(SEQ_LENGTH)),
+        *("--train-iters", str(STEPS), "--global-batch-size", str(ROWS_A_STEP), "--no-shuffle"),
+        *("--lr", str(LR), "--adam-beta2", str(BETAS[1]), "--adam-eps", str(EPS), "--bos-id", str(BOS)),
+        *("--weight-decay", str(WEIGHT_DECAY), "--clip-grad", str(CLIP), "--weighting", scheme, *SCHEMES[scheme]),
+        *("--short-window", str(WINDOW), "--short-stride", str(STRIDE)),
+        *("--tensor-model-parallel-size", str(axes.tp), "--pipeline-model-parallel-size", str(axes.pp)),
+        *("--context-parallel-size", str(axes.cp)),
+    ]
+    return parse_options([*argv, *more], RunConfig)
+
+
 @pytest.mark.parametrize("axes", LAYOUTS, ids=lambda axes: axes.name)
 def test_six_steps_equal_an_independent_trainer(axes, folders, data, ranks):
     runs = [("phi-yarn", "dense"), ("phi", "sparse"), ("qwen3", "dense"), ("qwen3", "sparse")]
-    configs = []
-    for family, scheme in runs:
-        argv = [
-            *("--load-hf", str(folders[family]), "--data-path", str(data), "--seq-length", str(SEQ_LENGTH)),
-            *("--train-iters", str(STEPS), "--global-batch-size", str(ROWS_A_STEP), "--no-shuffle"),
-            *("--lr", str(LR), "--adam-beta2", str(BETAS[1]), "--adam-eps", str(EPS), "--bos-id", str(BOS)),
-            *("--weight-decay", str(WEIGHT_DECAY), "--clip-grad", str(CLIP), "--weighting", scheme, *SCHEMES[scheme]),
-            *("--short-window", str(WINDOW), "--short-stride", str(STRIDE)),
-            *("--tensor-model-parallel-size", str(axes.tp), "--pipeline-model-parallel-size", str(axes.pp)),
-            *("--context-parallel-size", str(axes.cp)),
-        ]
-        configs.append(parse_options(argv, RunConfig))
+    configs = [run_config(folders[family], data, scheme, axes) for family, scheme in runs]
     for rank, found in enumerate(ranks(axes.world_size).run(run_steps, axes, configs)):
         for (family, scheme), metrics in zip(runs, found, strict=True):
             for name, expected in oracle(folders[family], scheme).items():
                 where = f"{family} {scheme}: {name} on rank {rank}"
                 np.testing.assert_allclose(metrics[name], expected, rtol=RELATIVE, err_msg=where)
+
+
+FULL_RECOMPUTATION = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme", "before", "after"),
+    [("phi-yarn", "dense", Axes(tp=2), Axes(pp=2)), ("qwen3", "sparse", Axes(pp=2), Axes(tp=2))],
+    ids=["phi-yarn", "qwen3"],
+)
+def test_a_run_goes_on_under_another_layout(family, scheme, before, after, folders, data, ranks, tmp_path):
+    """With the activations of all layers made again, then with those of the attention."""
+    save = ["--save", str(tmp_path), "--load", str(tmp_path)]
+    first = run_config(folders[family], data, scheme, before, *save, *FULL_RECOMPUTATION, "--exit-interval", "3")
+    second = run_config(folders[family], data, scheme, after, *save, "--recompute-granularity", "selective")
+    ranks(2).run(run_all, [first])
+    ranks(2).run(run_all, [second])
+    metrics = metrics_of(tmp_path)
+    assert len(metrics["iteration"]) == STEPS
+    for name, expected in oracle(folders[family], scheme).items():
+        np.testing.assert_allclose(metrics[name], expected, rtol=RELATIVE, err_msg=name)

@@ -302,3 +302,23 @@ def test_rows_longer_than_the_sliding_window(data, ranks, tmp_path):
         assert status == 2
         assert expected in stderr, tool
         assert len(stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi"])
+def test_missing_keys_mean_what_they_mean_to_transformers(family):
+    """A config.json of the four sizes that nobody leaves out."""
+    from transformers import AutoConfig
+
+    sizes = {"vocab_size": 320, "hidden_size": 256, "num_attention_heads": 32, "num_hidden_layers": 2}
+    ours = parse_architecture({"model_type": family, "intermediate_size": 96, **sizes}, "config.json")
+    theirs = AutoConfig.for_model(family, intermediate_size=96, **sizes)
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    partial = theirs.rope_parameters.get("partial_rotary_factor", 1.0)
+    epsilon = theirs.layer_norm_eps if family == "phi" else theirs.rms_norm_eps
+    assert ours.num_query_groups == theirs.num_key_value_heads
+    assert (ours.head_dim, ours.rotary_dim) == (head_dim, int(head_dim * partial))
+    assert ours.norm_epsilon == epsilon
+    assert ours.tied_embeddings == theirs.tie_word_embeddings
+    assert ours.max_position_embeddings == theirs.max_position_embeddings
+    assert ours.rotary_base == theirs.rope_parameters["rope_theta"]
+    assert ours.family.attention_span(ours.hf_config, "") == getattr(theirs, "sliding_window", None)

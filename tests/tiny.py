@@ -92,7 +92,7 @@ def make_folder(family: str, folder: Path, **changes: Any) -> Path:
         "qwen3": {"tie_word_embeddings": True, "head_dim": 32},
         "phi": {"partial_rotary_factor": 0.5, "resid_pdrop": 0.1},
     }
-    config = transformers.AutoConfig.for_model(family, **{**shape, **own[family], **changes})
+    config = transformers.AutoConfig.for_model(family, **{**shape, **own.get(family, {}), **changes})
     torch.manual_seed(len(family))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

@@ -309,7 +309,7 @@ class CheckpointConfig:
     """Folder of an earlier run, or one checkpoint of it, whose weights alone a fresh run starts from, at iteration 0;
     the old context is then its rows' length (a checkpoint under --load wins; --load-hf may be left out)."""
     verify_checkpoint: bool = True
-    """Compare the files of a checkpoint with their checksums before it is read."""
+    """Compare the files of a checkpoint or an export with their checksums before it is read."""
     save_hf: str | None = None
     """Folder for the final model in Hugging Face format."""
 

@@ -37,8 +37,8 @@ class Architecture:
     """Shape of a model, as plain numbers. `hf_config` keeps config.json whole, for export.
 
     rope: transformers' `rope_parameters` (rope_type, rope_theta and what the type needs). origin: what the model was
-    before its context was stretched. attention_span: tokens that a token sees at most, None: all before it.
-    dtype: of the checkpoint's tensors, as config.json names it.
+    before its context was stretched. dtype: of the checkpoint's tensors, as config.json names it. source: the file's
+    name, for errors.
     """
 
     family: Family
@@ -63,6 +63,12 @@ class Architecture:
     def rotary_base(self) -> float:
         """rope_theta: the base of the rotary frequencies."""
         return float(self.rope["rope_theta"])
+
+    @property
+    def rope_in_words(self) -> str:
+        """Base, and scaling where there is one."""
+        scaling = "" if self.rope["rope_type"] == "default" else f", {self.rope['rope_type']} {self.rope['factor']:g}x"
+        return f"rotary base {self.rotary_base:g}{scaling}"
 
     @property
     def rotary_dim(self) -> int:
@@ -133,7 +139,7 @@ def parse_architecture(raw: dict[str, Any], source: str) -> Architecture:
     values["num_query_groups"] = groups = values["num_query_groups"] or heads
     if heads % groups:
         raise ValueError(f"{source}: num_key_value_heads: expected a divisor of {heads} attention heads, got {groups}")
-    if values.get("head_dim") is None:
+    if values["head_dim"] is None:
         values["head_dim"], rest = divmod(values["hidden_size"], heads)
         if rest:
             raise ValueError(

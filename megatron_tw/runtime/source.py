@@ -15,7 +15,7 @@ from megatron_tw.model.build import check_finite, load_hf
 from megatron_tw.model.gpt import TokenWeightedGPT
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.runtime.checkpoint import HasState, load_checkpoint
-from megatron_tw.runtime.intact import open_checkpoint
+from megatron_tw.runtime.intact import check_export, open_checkpoint
 from megatron_tw.runtime.run_folder import SavedCheckpoint, check_same_model
 
 
@@ -91,8 +91,8 @@ def open_source(
 
     load: folder of a run, or one checkpoint; what it holds wins over the others. seq_length: tokens of the context for
     which the rotary embedding is stretched, None where nobody says. pretrained: as `load`, of an earlier run, whose
-    weights win over --load-hf's; looked into only where `load` holds no checkpoint. verify: compare a checkpoint's
-    files with their checksums.
+    weights win over --load-hf's; looked into only where `load` holds no checkpoint. verify: compare the files of the
+    checkpoint or the folder with their checksums.
 
     Raises:
         ValueError: neither option names a model, the checkpoint is damaged, or of another model than the folder.
@@ -105,6 +105,8 @@ def open_source(
         if checkpoint is None:
             raise ValueError(f"{option} {pretrained}: expected the folder of a run, found no checkpoint in it")
     if load_hf is not None:
+        if checkpoint is None and verify:
+            check_export(load_hf, "--load-hf")
         try:
             architecture = read_architecture(load_hf)
         except ValueError as error:

@@ -71,9 +71,16 @@ class Fixed:
             raise ValueError(f"{source}: {name}: expected {self.value!r}, got {value!r}{why}")
 
 
-def keys_of(*, epsilon: str, max_position_embeddings: int, key_value_heads: int | None = None) -> dict[str, Key]:
+def keys_of(
+    *,
+    epsilon: str,
+    epsilon_default: float,
+    max_position_embeddings: int,
+    key_value_heads: int | None = None,
+    head_dim: int | None = None,
+) -> dict[str, Key]:
     """The keys that all families read. epsilon: the name of the norms' epsilon. The others: what transformers takes
-    where the key is missing; key-value heads None is as many as query heads."""
+    where the key is missing. key_value_heads None: as many as query heads. head_dim None: hidden size / heads."""
     return {
         "num_hidden_layers": Key("num_layers", int),
         "hidden_size": Key("hidden_size", int),
@@ -81,7 +88,8 @@ def keys_of(*, epsilon: str, max_position_embeddings: int, key_value_heads: int 
         "num_attention_heads": Key("num_attention_heads", int),
         "num_key_value_heads": Key("num_query_groups", int, default=key_value_heads, nullable=True),
         "vocab_size": Key("vocab_size", int),
-        epsilon: Key("norm_epsilon", float, default=1e-5 if epsilon == "layer_norm_eps" else 1e-6),
+        "head_dim": Key("head_dim", int, default=head_dim, nullable=head_dim is None),
+        epsilon: Key("norm_epsilon", float, default=epsilon_default),
         "tie_word_embeddings": Key("tied_embeddings", bool, default=False),
         "max_position_embeddings": Key("max_position_embeddings", int, default=max_position_embeddings),
     }

@@ -2,7 +2,7 @@
 
 from torch.nn.functional import silu
 
-from megatron_tw.model.families.base import QUANTIZED, Family, Fixed, Key, keys_of
+from megatron_tw.model.families.base import QUANTIZED, Family, Fixed, keys_of
 from megatron_tw.model.families.layers import decoder_layer
 from megatron_tw.model.families.table import Parameter
 
@@ -70,10 +70,7 @@ MEGATRON = {
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
-    keys={
-        **keys_of(epsilon="rms_norm_eps", max_position_embeddings=2048),
-        "head_dim": Key("head_dim", int, default=None, nullable=True),
-    },
+    keys=keys_of(epsilon="rms_norm_eps", epsilon_default=1e-6, max_position_embeddings=2048),
     fixed={"hidden_act": Fixed("silu"), "attention_bias": Fixed(False), "mlp_bias": Fixed(False), **QUANTIZED},
     tensors=TENSORS,
     megatron=MEGATRON,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from megatron_tw.model.families.base import QUANTIZED, Fixed, Key, json_value, keys_of
+from megatron_tw.model.families.base import QUANTIZED, Fixed, json_value, keys_of
 from megatron_tw.model.families.llama import LLAMA
 
 
@@ -18,10 +18,7 @@ MISTRAL = replace(
     LLAMA,
     model_type="mistral",
     architecture="MistralForCausalLM",
-    keys={
-        **keys_of(epsilon="rms_norm_eps", max_position_embeddings=131072, key_value_heads=8),
-        "head_dim": Key("head_dim", int, default=None, nullable=True),
-    },
+    keys=keys_of(epsilon="rms_norm_eps", epsilon_default=1e-6, max_position_embeddings=131072, key_value_heads=8),
     fixed={
         "hidden_act": Fixed("silu"),
         "layer_types": Fixed(None, "all layers see the same window here"),

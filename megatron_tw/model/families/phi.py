@@ -61,7 +61,7 @@ def parallel_layer(family: Family, transformer_engine: bool) -> ModuleSpec:
 PHI = Family(
     model_type="phi",
     architecture="PhiForCausalLM",
-    keys=keys_of(epsilon="layer_norm_eps", max_position_embeddings=2048),
+    keys=keys_of(epsilon="layer_norm_eps", epsilon_default=1e-5, max_position_embeddings=2048),
     fixed={"hidden_act": Fixed("gelu_new"), "qk_layernorm": Fixed(False), **QUANTIZED},
     tensors=(
         EMBEDDING,

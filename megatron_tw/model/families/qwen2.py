@@ -34,7 +34,7 @@ QWEN2 = replace(
     LLAMA,
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
-    keys=keys_of(epsilon="rms_norm_eps", max_position_embeddings=32768, key_value_heads=32),
+    keys=keys_of(epsilon="rms_norm_eps", epsilon_default=1e-6, max_position_embeddings=32768, key_value_heads=32),
     fixed={"hidden_act": Fixed("silu"), **QUANTIZED},
     tensors=(
         *TENSORS,

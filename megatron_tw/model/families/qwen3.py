@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from megatron_tw.model.families.base import QUANTIZED, Fixed, Key, keys_of
+from megatron_tw.model.families.base import QUANTIZED, Fixed, keys_of
 from megatron_tw.model.families.llama import LLAMA, MEGATRON, TENSORS
 from megatron_tw.model.families.qwen2 import sliding_window
 from megatron_tw.model.families.table import Parameter
@@ -11,10 +11,9 @@ QWEN3 = replace(
     LLAMA,
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
-    keys={
-        **keys_of(epsilon="rms_norm_eps", max_position_embeddings=32768, key_value_heads=32),
-        "head_dim": Key("head_dim", int, default=128),
-    },
+    keys=keys_of(
+        epsilon="rms_norm_eps", epsilon_default=1e-6, max_position_embeddings=32768, key_value_heads=32, head_dim=128
+    ),
     fixed={"hidden_act": Fixed("silu"), "attention_bias": Fixed(False), **QUANTIZED},
     tensors=(
         *TENSORS,
