@@ -13,7 +13,7 @@ import pytest
 from test_kills import started, steps_of, wait_for
 from test_launch import ROOT, TIMEOUT_SECONDS, environment
 from test_training import METRICS, metrics_of, options, run_all
-from tiny import SEQ_LENGTH, TINY_LLAMA, Axes, prepare_ready_rows, reference_rows
+from tiny import SEQ_LENGTH, TINY_LLAMA, Axes, make_folder, prepare_ready_rows, reference_rows
 
 from megatron_tw.config import (
     CheckpointConfig,
@@ -26,6 +26,7 @@ from megatron_tw.config import (
     check_config,
     parse_options,
 )
+from megatron_tw.config.options import flag
 
 SCRIPT = ROOT / "examples" / "extend_llama3_128k_staged.sh"
 FIRST_LENGTH = 128
@@ -102,6 +103,22 @@ def test_a_stage_starts_from_weights_alone_and_goes_on_where_it_stopped(first, d
     assert (saved.windows.short_window, saved.windows.short_stride) == (FIRST_LENGTH, 64)
     assert saved.checkpoint.pretrained_checkpoint == str(earlier)
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["consumed_samples"] == 2 * STEPS
+
+
+def test_the_first_model_of_all_stages_is_what_a_scaling_starts_from(data, ranks, tmp_path):
+    """64 tokens to 128 to 256 by ntk: each stage's base comes from the first one's 10000 and 64 tokens."""
+    model = make_folder("llama", tmp_path / "model", max_position_embeddings=64)
+    thetas, before = [], {"load_hf": str(model)}
+    for length in (FIRST_LENGTH, SEQ_LENGTH):
+        save = str(tmp_path / str(length))
+        argv = {"data_path": data[length], "seq_length": length, "train_iters": 1, "save": save, **before}
+        argv |= {"weighting": "uniform", "rope_scaling_type": "ntk"}
+        flags = [part for name, value in argv.items() for part in (flag(name), str(value))]
+        ranks(1).run(run_all, [parse_options(flags, RunConfig)])
+        checkpoint = tmp_path / str(length) / "iter_0000001"
+        thetas.append(json.loads((checkpoint / "run.json").read_text())["hf_config"]["rope_theta"])
+        before = {"pretrained_checkpoint": save}
+    np.testing.assert_allclose(thetas, [10000 * factor ** (32 / 30) for factor in (2, 4)])
 
 
 def flip_a_byte(run: Path) -> None:
