@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import Programs
 from ranks import RankPool
 
 torch.set_num_threads(1)
@@ -38,3 +39,10 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
 
     yield get
     close_others(None)
+
+
+@pytest.fixture(scope="session")
+def programs() -> Iterator[Programs]:
+    """The six programs, imported once."""
+    with Programs() as server:
+        yield server

@@ -7,6 +7,7 @@ mistake takes a tenth of a second.
 
 import importlib
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -39,6 +40,8 @@ LATER = [
 ]
 """Modules that the programs import when their options are in order."""
 TIMEOUT_SECONDS = 60.0
+BAR = re.compile(r"\w[\w ]*: +\d+(%\||\w+ \[)[^\]\r\n]*\]|[\w() ]+: [\w.,]+ of [\w.,]+ \w+ in \d\d:\d\d[^\n]*")
+"""A progress bar, or a line of one in a log file."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,11 @@ class Answer:
     stdout: str
     stderr: str
     seconds: float
+
+
+def lines_of(answer: Answer) -> list[str]:
+    """What was said on stderr, without progress bars."""
+    return [line for line in re.split(r"[\r\n]", BAR.sub("", answer.stderr)) if line.strip()]
 
 
 class Programs:
@@ -102,6 +110,14 @@ def serve(address: str) -> None:
 
     import torch
 
+    from megatron_tw.config import RunConfig
+    from megatron_tw.config.conversion import ConversionConfig
+    from megatron_tw.config.evaluation import EvaluationConfig
+    from megatron_tw.config.options import options_of
+    from megatron_tw.config.scoring import ScoringConfig
+
+    for schema in (RunConfig, ScoringConfig, EvaluationConfig, ConversionConfig):
+        options_of(schema)  # reads their sources, once
     torch.set_num_threads(1)
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them

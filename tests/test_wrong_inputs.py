@@ -10,12 +10,10 @@ from pathlib import Path
 
 import pytest
 from damage import BASE, damage, make_world
-from programs import Answer, Programs
+from programs import Programs, lines_of
 
 TABLE = Path(__file__).with_name("wrong_inputs.txt")
 TARGETS = ("--save", "--save-hf", "--output", "--tensorboard-dir")
-BAR = re.compile(r"\w[\w ]*: +\d+(%\||\w+ \[)[^\]\r\n]*\]|[\w() ]+: [\w.,]+ of [\w.,]+ \w+ in \d\d:\d\d[^\n]*")
-"""A progress bar, or a line of one in a log file."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +61,6 @@ CASES = list(read_table())
 
 
 @pytest.fixture(scope="module")
-def programs() -> Iterator[Programs]:
-    with Programs() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def world(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made once; never changed."""
     folder = tmp_path_factory.mktemp("wrong") / "world"
@@ -91,11 +83,6 @@ def state(folder: Path) -> dict[str, tuple[int, int, int] | None]:
         stat = path.stat()
         found[str(path.relative_to(folder))] = None if path.is_dir() else (stat.st_size, stat.st_mtime_ns, stat.st_ino)
     return found
-
-
-def lines_of(answer: Answer) -> list[str]:
-    """What was said on stderr, without progress bars."""
-    return [line for line in re.split(r"[\r\n]", BAR.sub("", answer.stderr)) if line.strip()]
 
 
 def test_the_table_is_whole() -> None:

@@ -16,7 +16,7 @@ class ConversionOptions:
     load: str | None = None
     """Folder of a run, whose newest checkpoint is exported."""
     verify_checkpoint: bool = True
-    """Compare the files of a checkpoint with their checksums before it is read."""
+    """Compare the files of a checkpoint or an export with their checksums before it is read."""
     save_hf: str | None = None
     """New folder in Hugging Face format."""
     save: str | None = None

@@ -20,7 +20,7 @@ class EvaluationOptions:
     load: str | None = None
     """Folder of a run, whose newest checkpoint is evaluated, or of one checkpoint (null: the model of --load-hf)."""
     verify_checkpoint: bool = True
-    """Compare the files of a checkpoint with their checksums before it is read."""
+    """Compare the files of a checkpoint or an export with their checksums before it is read."""
     eval_rows: int | None = None
     """Only the first so many rows (null: all)."""
     micro_batch_size: int = 1

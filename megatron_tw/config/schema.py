@@ -306,7 +306,7 @@ class CheckpointConfig:
     load: str | None = None
     """Folder of a run to resume; without a checkpoint in it the run starts fresh and says so."""
     verify_checkpoint: bool = True
-    """Compare the files of a checkpoint with their checksums before it is read."""
+    """Compare the files of a checkpoint or an export with their checksums before it is read."""
     save_hf: str | None = None
     """Folder for the final model in Hugging Face format."""
 

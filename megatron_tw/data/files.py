@@ -4,10 +4,15 @@ Megatron's index files, and that a folder appears complete or not at all.
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import shutil
 import struct
+import tokenize
+import warnings
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +24,11 @@ import numpy.typing as npt
 
 Header = TypeVar("Header")
 
+_OF_NUMPY = (
+    *(ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, KeyError),
+    *(tokenize.TokenError, SyntaxError, TypeError, IndexError, OverflowError, MemoryError, RuntimeError, UserWarning),
+)
+"""What `numpy.load` raises for damaged files."""
 _INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
 _INDEX_SEQUENCE_BYTES, _INDEX_BOUNDARY_BYTES = 12, 8  # what follows for each
 
@@ -61,7 +71,7 @@ def read_header(
     checksum, written = content.pop("checksum", None), dict(content)
     own = ("format", "format_version", *extras)
     instance: Header = typed(header, {name: content[name] for name in content if name not in own}, str(file))
-    if found != 1 and checksum != header_checksum(written):  # version 1 of all formats had none
+    if (found != 1 or checksum is not None) and checksum != header_checksum(written):  # version 1 of all had none
         raise ValueError(f"{file}: its fields are not those that were written with its checksum: damaged or edited")
     return instance
 
@@ -128,13 +138,25 @@ def load_int64(file: Path, shape: tuple[int, ...], what: str) -> npt.NDArray[np.
     """
     if not file.is_file():
         raise ValueError(f"{file} is missing: the {what} is incomplete")
-    try:
-        array: npt.NDArray[np.int64] = np.load(file, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{file} is truncated or no numpy file: {error}") from error
+    array: npt.NDArray[np.int64] = numpy_file(file.read_bytes(), file)
     if array.shape != shape or array.dtype != np.int64:
         raise ValueError(f"{file}: expected int64 {list(shape)}, got {array.dtype} {list(array.shape)}")
     return array
+
+
+def numpy_file(content: bytes, file: Path) -> Any:
+    """The array in a .npy file, or the arrays of a .npz file by name; `file` is its name, for errors.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of numpy, which repairs some headers
+            found = np.load(io.BytesIO(content), allow_pickle=False)
+            return {name: found[name] for name in found.files} if isinstance(found, np.lib.npyio.NpzFile) else found
+    except _OF_NUMPY as error:
+        raise ValueError(f"{file} is truncated or no numpy file: {' '.join(str(error).split())}") from error
 
 
 def index_size(sequences: int, boundaries: int) -> int:

@@ -8,23 +8,22 @@ fixed set of targets.
 """
 
 import dataclasses
+import hashlib
 import math
-import zipfile
-import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_tw.data.files import header_json, new_folder, read_header
+from megatron_tw.data.files import header_json, new_folder, numpy_file, read_header
 from megatron_tw.evaluation.position import mean_nll, nll_by_position, position_edges
 
 FORMAT = "megatron_tw evaluation"
 FORMAT_VERSION = 2
-"""Version 1 had no checksum in its header. (nll.npz has one for each array.)"""
+"""Version 1 had no checksum in its header."""
 HEADER_FILE = "evaluation.json"
 NLL_FILE = "nll.npz"
 FIGURES = ("rows", "targets", "mean_nll", "perplexity", "nll_by_position")
@@ -60,6 +59,8 @@ class EvaluationHeader:
     old_context: int | None = None
     """Tokens of the context that the model had before it was extended, or that its config.json names; None: written
     before this was kept."""
+    nll: str | None = None
+    """sha256 (hex) of nll.npz: on disk only; None there: written before it was kept."""
 
     @property
     def known_context(self) -> int | None:
@@ -105,7 +106,8 @@ class EvaluationResult:
         arrays = {name: array for name, array in self._arrays().items() if array is not None}
         with new_folder(Path(folder)) as temporary:
             np.savez_compressed(temporary / NLL_FILE, allow_pickle=False, **arrays)
-            header = header_json(FORMAT, FORMAT_VERSION, self.header, **self.figures())
+            digest = hashlib.sha256((temporary / NLL_FILE).read_bytes()).hexdigest()
+            header = header_json(FORMAT, FORMAT_VERSION, replace(self.header, nll=digest), **self.figures())
             (temporary / HEADER_FILE).write_text(header, encoding="utf-8")
 
     def figures(self) -> dict[str, object]:
@@ -135,19 +137,22 @@ class EvaluationResult:
         file = folder / NLL_FILE
         if not file.is_file():
             raise ValueError(f"{file} is missing: the evaluation is incomplete")
-        try:
-            with np.load(file, allow_pickle=False) as stored:
-                arrays = {name: stored[name] for name in stored.files}
-        except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{file} is truncated or no numpy file: {error}") from error
+        content = file.read_bytes()
+        arrays = numpy_file(content, file)
+        if not isinstance(arrays, dict):
+            raise ValueError(f"{file}: expected named arrays, found one without a name")
         problem = _problem(header, arrays)
         if problem is not None:
             raise ValueError(f"{file} does not fit {HEADER_FILE}: {problem}")
         for name in ("long_nll", "short_nll"):
             if name in arrays and not np.isfinite(arrays[name][arrays["valid"]]).all():
                 raise ValueError(f"{file}: {name} holds NaN or infinity: the file is damaged")
+        if header.nll not in (None, hashlib.sha256(content).hexdigest()):
+            raise ValueError(
+                f"{file} is damaged, or of another evaluation: its content is not what {HEADER_FILE} names"
+            )
         return EvaluationResult(
-            header=header,
+            header=replace(header, nll=None),
             row_index=arrays["row_index"],
             long_nll=arrays["long_nll"],
             short_nll=arrays.get("short_nll"),

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_tw.runtime.checksums import damage_of
+
 METRICS_FILE = "metrics.jsonl"
 NEEDED = ("iteration", "weighted_loss", "lm_loss")
 """Of every step."""
@@ -38,9 +40,18 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def read_options(folder: str | Path) -> str | None:
-    """The resolved options (YAML) of the run's newest checkpoint, None if it has none."""
+    """The resolved options (YAML) of the run's newest checkpoint, None if it has none.
+
+    Raises:
+        ValueError: they are not what was written.
+    """
     files = sorted(Path(folder).glob("iter_*/config.yaml"))
-    return read_text("--runs", files[-1]) if files else None
+    if not files:
+        return None
+    problem = damage_of(files[-1])
+    if problem is not None:
+        raise ValueError(f"--runs: {files[-1]} {problem}")
+    return read_text("--runs", files[-1])
 
 
 def read_text(option: str, file: Path) -> str:

@@ -140,6 +140,7 @@ def save_hf(
     max_position_embeddings: int,
     tokenizer_dir: str | Path | None = None,
     still_ours: Callable[[], None] | None = None,
+    seal: Callable[[Path], None] | None = None,
 ) -> None:
     """Write the model as a Hugging Face folder: safetensors, config.json with its rotary base and length, tokenizer
     files.
@@ -147,7 +148,8 @@ def save_hf(
     Collective over the world; `directory` must be on storage that all ranks share. Written beside it first, in a folder
     of this export's own, and renamed when complete, so an interrupted export leaves nothing half-written.
 
-    still_ours: called on rank 0 before the folder gets its name; may raise.
+    seal: called on every rank with the folder whose files are all there. still_ours: called on rank 0 before the
+    folder gets its name; may raise.
 
     Raises:
         ValueError: `directory` exists and is not empty.
@@ -160,6 +162,8 @@ def save_hf(
     partial = export_workplace(target) / names[0]
     try:
         _write_folder(chunks, partial, architecture, layout, max_position_embeddings, tokenizer_dir)
+        if seal is not None:
+            seal(partial)
         error: OSError | ValueError | None = None
         if layout.rank == 0:
             try:

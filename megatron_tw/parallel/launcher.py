@@ -4,6 +4,10 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
+from typing import NoReturn
+
+import psutil
 
 CHECK_SECONDS = 1.0
 _watching = False
@@ -27,4 +31,13 @@ def _watch(launcher: int) -> None:
         time.sleep(CHECK_SECONDS)
     if os.environ.get("RANK", "0") == "0":
         print("error: the launcher was killed: its ranks end", file=sys.stderr, flush=True)
-    os._exit(1)  # the main thread may wait in a collective
+    end_process()
+
+
+def end_process() -> NoReturn:
+    """End this process at once, and before it what it started: the writers of a checkpoint would go on. Its main thread
+    may wait in a collective with ranks that are gone."""
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    os._exit(1)

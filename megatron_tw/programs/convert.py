@@ -9,6 +9,7 @@ from megatron_tw.config import ComputeConfig
 from megatron_tw.config.conversion import ConversionConfig, check_conversion
 from megatron_tw.model.build import check_export_target, save_hf
 from megatron_tw.runtime.checkpoint import save_checkpoint
+from megatron_tw.runtime.checksums import seal
 from megatron_tw.runtime.opening import join_world, open_model
 from megatron_tw.runtime.outputs import hold_export, hold_run
 from megatron_tw.runtime.run_folder import RunState, check_save_target
@@ -50,6 +51,7 @@ def convert(config: ConversionConfig) -> str:
                     max_position_embeddings=length,
                     tokenizer_dir=source.tokenizer_dir,
                     still_ours=export_lock.check if export_lock is not None else None,
+                    seal=seal,
                 )
             except OSError as error:
                 raise OSError(f"--save-hf {options.save_hf}: could not be written: {error}") from error

@@ -41,7 +41,7 @@ from megatron_tw.model.build import copy_tokenizer
 from megatron_tw.model.gpt import TokenWeightedGPT
 from megatron_tw.parallel.agree import raise_together
 from megatron_tw.parallel.layout import Layout
-from megatron_tw.runtime.checksums import CHECKSUMS_FILE, checksums_text, hash_files
+from megatron_tw.runtime.checksums import seal
 from megatron_tw.runtime.lock import FolderLock
 from megatron_tw.runtime.run_folder import (
     FORMAT_VERSION,
@@ -141,10 +141,9 @@ def save_checkpoint(
                     save_config(config, partial / CONFIG_FILE)
                 if tokenizer_dir is not None:
                     copy_tokenizer(tokenizer_dir, partial / "tokenizer")
-        files = hash_files(partial)
+        seal(partial)
         with _on_rank_0():
             if layout.rank == 0:
-                replace_text(partial / CHECKSUMS_FILE, checksums_text(files))
                 _sync_folder(partial)
                 if lock is not None:
                     lock.check()

@@ -1,4 +1,4 @@
-"""Checksums of a checkpoint's files, made when it is written and compared before it is read.
+"""Checksums of the files of checkpoints and exports, made when they are written and compared before they are read.
 
     checksums.json   {"version": 2, "algorithm": "sha256", "files": {name: {"bytes": size, "digest": hex}}, "checksum":
                      hex of all this}
@@ -25,7 +25,7 @@ from megatron_tw.parallel.agree import raise_together
 CHECKSUMS_FILE = "checksums.json"
 VERSION, ALGORITHM = 2, "sha256"
 _FILES_AT_ONCE = 2
-_WRITTEN_BY = re.compile(r"__(\d+)_\d+\.distcp")
+_WRITTEN_BY = re.compile(r"__(\d+)_\d+\.distcp|model-(\d+)-of-\d+\.safetensors")
 
 
 def hash_files(directory: Path) -> dict[str, dict[str, Any]]:
@@ -49,15 +49,36 @@ def hash_files(directory: Path) -> dict[str, dict[str, Any]]:
     return {name: entry for part in everywhere for name, entry in sorted(part.items())}
 
 
-def checksums_text(files: Mapping[str, Mapping[str, Any]]) -> str:
-    """Content of the file."""
-    content = {"version": VERSION, "algorithm": ALGORITHM, "files": files}
-    return json.dumps({**content, "checksum": header_checksum(content)}, indent=1) + "\n"
+def seal(directory: Path) -> None:
+    """Write the checksums of all files that were just written there. Collective over the world.
+
+    Raises:
+        OSError: a file cannot be read, or not be written to disk.
+    """
+    files, error = hash_files(directory), None
+    if dist.get_rank() == 0:
+        content = {"version": VERSION, "algorithm": ALGORITHM, "files": files}
+        try:
+            with (directory / CHECKSUMS_FILE).open("w") as file:
+                file.write(json.dumps({**content, "checksum": header_checksum(content)}, indent=1) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as failed:
+            error = failed
+    raise_together(error)
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with one file, by the checksums beside it; None where it is as it was written, or not known."""
+    files = _read_checksums(path.parent)
+    if isinstance(files, str):
+        return f"could not be verified: {files}"
+    return _compare(path, files[path.name]) if files is not None and path.name in files else None
 
 
 def damage(directory: Path) -> str | None:
-    """What is wrong with the first damaged file of a checkpoint; None when all are as they were written, or where
-    nothing is known of them (no checksums.json). The same on every rank. Collective over the world."""
+    """What is wrong with the first damaged file of a checkpoint or an export; None when all are as they were written,
+    or where nothing is known of them (no checksums.json). The same on every rank. Collective over the world."""
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
         answer = [_read_checksums(directory)]
@@ -105,7 +126,7 @@ def _read_checksums(directory: Path) -> dict[str, dict[str, Any]] | str | None:
             str(name): {"bytes": int(entry["bytes"]), "digest": str(entry["digest"])}
             for name, entry in content["files"].items()
         }
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{path} is damaged ({' '.join(str(error).split())})"
@@ -130,9 +151,10 @@ def _names_of(directory: Path) -> list[str]:
 
 
 def _writer(name: str) -> int:
-    """The rank that wrote a file: Megatron's files are numbered by rank, the others are rank 0's."""
+    """The rank that wrote a file: Megatron's files are numbered by rank (and an export's parts nearly so); the others
+    are rank 0's."""
     match = _WRITTEN_BY.fullmatch(name)
-    return int(match[1]) if match else 0
+    return int(match[1] or match[2]) if match else 0
 
 
 def _entry(path: Path) -> dict[str, Any]:

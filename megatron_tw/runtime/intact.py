@@ -1,4 +1,4 @@
-"""The checkpoint that --load names, found and compared with its checksums before anything reads it."""
+"""The checkpoint that --load names, found and compared with its checksums before anything reads it; and exports."""
 
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,18 @@ def open_checkpoint(folder: str | Path, *, verify: bool, option: str = "--load")
     if directory is not None:
         problem = f"{problem}; {_earlier(directory, option)}"
     raise ValueError(problem if problem.startswith(option) else f"{option} {folder}: {problem}")
+
+
+def check_export(folder: str | Path, option: str) -> None:
+    """Compare the files of a Hugging Face folder with their checksums, where it has some: those that this project
+    wrote do. Collective over the world.
+
+    Raises:
+        ValueError: one is damaged or missing.
+    """
+    problem = damage(Path(folder))
+    if problem is not None:
+        raise ValueError(f"{option}: {problem}; where it was changed on purpose, remove {CHECKSUMS_FILE}")
 
 
 def _earlier(damaged: Path, option: str) -> str:

@@ -35,6 +35,7 @@ import psutil
 import torch.distributed as dist
 
 from megatron_tw.parallel.agree import raise_together
+from megatron_tw.parallel.launcher import end_process
 
 LOCK_FILE = "run.lock"
 BEAT_SECONDS, STALE_SECONDS = 5.0, 45.0
@@ -274,7 +275,7 @@ def _machine() -> str:
 
 def _end_process(text: str) -> None:
     print(f"error: {text}", file=sys.stderr, flush=True)
-    os._exit(1)  # the main thread may be in a collective with ranks that are gone
+    end_process()
 
 
 def _say(text: str) -> None:

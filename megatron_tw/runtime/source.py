@@ -14,7 +14,7 @@ from megatron_tw.model.build import check_finite, load_hf
 from megatron_tw.model.gpt import TokenWeightedGPT
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.runtime.checkpoint import HasState, load_checkpoint
-from megatron_tw.runtime.intact import open_checkpoint
+from megatron_tw.runtime.intact import check_export, open_checkpoint
 from megatron_tw.runtime.run_folder import SavedCheckpoint, check_same_model
 
 
@@ -67,14 +67,16 @@ def open_source(model: ModelConfig, *, load: str | None, seq_length: int | None,
     """Find the model and read its architecture, changed as `model` asks; no weights yet. Collective over the world.
 
     load: folder of a run, or one checkpoint; what it holds wins over --load-hf. seq_length: tokens of the context for
-    which the rotary embedding is stretched, None where nobody says. verify: compare a checkpoint's files with their
-    checksums.
+    which the rotary embedding is stretched, None where nobody says. verify: compare the files of the
+    checkpoint or the folder with their checksums.
 
     Raises:
         ValueError: neither option names a model, the checkpoint is damaged, or of another model than the folder.
     """
     load_hf, saved = model.load_hf, open_checkpoint(load, verify=verify) if load is not None else None
     if load_hf is not None:
+        if saved is None and verify:
+            check_export(load_hf, "--load-hf")
         try:
             architecture = read_architecture(load_hf)
         except ValueError as error:

@@ -13,6 +13,7 @@ from megatron_tw.parallel.contact import now_at
 from megatron_tw.parallel.devices import Device, peak_memory_bytes
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.runtime.checkpoint import CONFIG_FILE, save_checkpoint
+from megatron_tw.runtime.checksums import seal
 from megatron_tw.runtime.exits import CTRL_C, Exits
 from megatron_tw.runtime.lock import FolderLock
 from megatron_tw.runtime.metrics import MetricsLog
@@ -281,6 +282,7 @@ class Run:
                 max_position_embeddings=self.config.data.seq_length,
                 tokenizer_dir=self.inputs.tokenizer_dir,
                 still_ours=self.export_lock.check if self.export_lock is not None else None,
+                seal=seal,
             )
         except (OSError, ValueError) as error:  # the same on every rank
             save = self.config.checkpoint.save

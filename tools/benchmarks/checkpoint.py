@@ -53,7 +53,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, list[float]]
         seconds.setdefault(name, []).append(time.perf_counter() - begun)
 
     def save_without() -> None:
-        with mock.patch("megatron_tw.runtime.checkpoint.hash_files", return_value={}):
+        with mock.patch("megatron_tw.runtime.checksums.hash_files", return_value={}):
             run._save()
 
     def load(verify: bool) -> None:

@@ -19,6 +19,7 @@ from megatron_tw.model.huggingface import SafetensorsFolder
 from megatron_tw.parallel.agree import raise_together
 from megatron_tw.parallel.devices import Device
 from megatron_tw.parallel.layout import Layout
+from megatron_tw.runtime.intact import check_export
 from megatron_tw.runtime.opening import named
 from megatron_tw.training.scorers.base import (
     Scorer,
@@ -104,6 +105,8 @@ class LiveFrozenScorer(Scorer):
         """From the headers of its files: a model, with the vocabulary of the rows and of the model in training, that
         the layout admits."""
         expected = inputs.source.architecture.vocab_size
+        if inputs.config.checkpoint.verify_checkpoint:
+            check_export(folder, "--scorer-hf")
         try:
             scorer = read_architecture(folder)
             if scorer.vocab_size != expected:
