@@ -128,6 +128,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"save": "s", "exit_interval": 0}, "--exit-interval: expected 1 or more"),
     ({"save": "rows"}, "--save: expected another folder than --data-path, got rows for both"),
     ({"save": "./model"}, "--save: expected another folder than --load-hf"),
+    ({"save": "out", "pretrained_checkpoint": "out"}, "--save: expected another folder than the run of --pretrained"),
     ({"save_hf": "./model"}, "--save-hf: expected another folder than --load-hf"),
     ({"save": "out", "save_hf": "out"}, "--save-hf: expected another folder than --save"),
     ({"load": "out", "save_hf": "out"}, "--save-hf: expected another folder than --load"),

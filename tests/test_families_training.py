@@ -31,6 +31,10 @@ SHAPE: dict[str, Any] = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 LAYOUTS = [Axes(), Axes(tp=2), Axes(pp=2), Axes(cp=2)]
+FULL_LAYOUTS = [Axes(tp=4), Axes(tp=2, cp=2), Axes(pp=2, vpp_layers=1)]  # TP 4: more ranks than key-value heads
+EACH_LAYOUT = [pytest.param(axes, id=axes.name) for axes in LAYOUTS] + [
+    pytest.param(axes, id=axes.name, marks=pytest.mark.full) for axes in FULL_LAYOUTS
+]
 
 
 def make_folder(family: str, folder: Path) -> Path:
@@ -141,11 +145,12 @@ def run_config(folder: Path, data: Path, scheme: str, axes: Axes, *more: str) ->
         *("--short-window", str(WINDOW), "--short-stride", str(STRIDE)),
         *("--tensor-model-parallel-size", str(axes.tp), "--pipeline-model-parallel-size", str(axes.pp)),
         *("--context-parallel-size", str(axes.cp)),
+        *("--num-layers-per-virtual-pipeline-stage", str(axes.vpp_layers or "null")),
     ]
     return parse_options([*argv, *more], RunConfig)
 
 
-@pytest.mark.parametrize("axes", LAYOUTS, ids=lambda axes: axes.name)
+@pytest.mark.parametrize("axes", EACH_LAYOUT)
 def test_six_steps_equal_an_independent_trainer(axes, folders, data, ranks):
     runs = [("phi-yarn", "dense"), ("phi", "sparse"), ("qwen3", "dense"), ("qwen3", "sparse")]
     configs = [run_config(folders[family], data, scheme, axes) for family, scheme in runs]

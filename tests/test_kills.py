@@ -61,10 +61,10 @@ class Job:
 
 
 @contextlib.contextmanager
-def started(command: list[str], log: Path) -> Iterator[Job]:
+def started(command: list[str], log: Path, **variables: str) -> Iterator[Job]:
     """A program, its output in a file. Nothing of it is left at the end."""
     with log.open("ab") as output:
-        process = subprocess.Popen(command, env=environment(), stdout=output, stderr=output)
+        process = subprocess.Popen(command, env=environment(**variables), stdout=output, stderr=output)
     job = Job(process, [psutil.Process(process.pid)])
     try:
         yield job

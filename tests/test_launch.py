@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import make_folder
 
-from megatron_tw.config import RunConfig, parse_options
+from megatron_tw.config import RunConfig, check_config, parse_options
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "extend_llama3_32k.sh"
+PHI2 = SCRIPT.with_name("extend_phi2_32k.sh")
 LAUNCHER = (
     "SLURM_",
     "MASTER_",
@@ -95,6 +97,33 @@ def test_bash_and_torchrun_run_the_same_recipe(rows: Path, tmp_path: Path) -> No
     ]
 
 
+def test_the_recipe_of_phi2_runs_by_bash_and_by_torchrun(rows: Path, tmp_path: Path) -> None:
+    model = make_folder("phi", tmp_path / "phi", num_key_value_heads=4, partial_rotary_factor=0.4, hidden_size=80)
+    losses = []
+    for command in (["bash", str(PHI2)], ["torchrun", "--standalone", "--nproc-per-node", "2", str(PHI2)]):
+        save = tmp_path / command[0]
+        tiny = ["--load-hf", str(model), "--data-path", str(rows), "--save", str(save), "--save-hf", f"{save}-hf"]
+        tiny += ["--seq-length", "256", "--short-window", "64", "--short-stride", "60", "--min-short-context", "4"]
+        tiny += ["--no-bf16", "--train-iters", "2", "--global-batch-size", "1", "--context-parallel-size", "2"]
+        result = subprocess.run(
+            command + tiny,
+            env=environment(NPROC_PER_NODE="2"),
+            cwd=tmp_path,
+            timeout=TIMEOUT_SECONDS,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr[-4000:]
+        assert "weighting dense, unfrozen scorer, windows of 64 every 60 tokens" in result.stdout
+        losses.append([json.loads(line)["weighted_loss"] for line in (save / "metrics.jsonl").read_text().splitlines()])
+        exported = json.loads(Path(f"{save}-hf", "config.json").read_text())
+        assert exported["model_type"] == "phi"
+        assert exported["rope_parameters"]["rope_theta"] == 1e6
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 2
+
+
 def test_the_recipe_is_the_published_one() -> None:
     """arXiv 2503.09202, Llama-3-8B."""
     needed = ["--data-path", "d", "--load-hf", "m", "--save", "s"]
@@ -108,6 +137,21 @@ def test_the_recipe_is_the_published_one() -> None:
     assert (config.weighting.weighting, config.weighting.interpolation) == ("dense", 0.75)
     assert (config.checkpoint.save_interval, config.compute.bf16, config.model.rotary_base) == (30, True, 15300000.0)
     assert config.parallel.model_parallel_size == 8
+
+
+def test_the_recipe_of_phi2_is_the_published_one() -> None:
+    """arXiv 2503.09202: like Llama-3-8B's but for what the model's context asks; the rope base is a choice of ours."""
+    needed = ["--data-path", "d", "--load-hf", "m", "--save", "s"]
+    ours, llamas = (
+        parse_options(["--config", str(script.with_suffix(".yaml")), *needed], RunConfig) for script in (PHI2, SCRIPT)
+    )
+    check_config(ours, world_size=8)
+    assert (ours.data, ours.train, ours.optimizer) == (llamas.data, llamas.train, llamas.optimizer)
+    assert (ours.weighting, ours.scorer, ours.compute) == (llamas.weighting, llamas.scorer, llamas.compute)
+    windows = ours.windows
+    assert (windows.short_window, windows.short_stride, windows.min_short_context) == (2048, 1920, 128)
+    assert ours.model.rotary_base == 1e6
+    assert "# Not published, so ours:" in PHI2.with_suffix(".yaml").read_text().split("rotary_base:")[0]
 
 
 def test_a_mistake_is_told_once_by_four_ranks(tmp_path: Path) -> None:
@@ -139,17 +183,17 @@ def launch(tmp_path: Path) -> Launch:
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
 
-    def run(**variables: str) -> subprocess.CompletedProcess[str]:
+    def run(script: Path = SCRIPT, **variables: str) -> subprocess.CompletedProcess[str]:
         env = environment(**variables)
         env["PATH"] = f"{tmp_path}:{env['PATH']}"
         return subprocess.run(
-            ["bash", str(SCRIPT), "--lr", "1e-5", "a b"], env=env, capture_output=True, text=True, check=False
+            ["bash", str(script), "--lr", "1e-5", "a b"], env=env, capture_output=True, text=True, check=False
         )
 
     return run
 
 
-TAIL = f"{SCRIPT} --lr 1e-5 a b"
+TAIL = f"{ROOT / 'tools' / 'train.py'} --config {SCRIPT.with_suffix('.yaml')} --lr 1e-5 a b"
 
 
 @pytest.mark.parametrize(
@@ -175,6 +219,11 @@ def test_bash_starts_torchrun_from_the_clusters_variables(
     result = launch(**variables)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == f"-m torch.distributed.run {expected} {TAIL}"
+
+
+def test_every_recipe_is_launched_alike(launch: Launch) -> None:
+    expected = launch().stdout.replace(SCRIPT.stem, PHI2.stem)
+    assert launch(PHI2).stdout == expected
 
 
 @pytest.mark.parametrize(

@@ -285,6 +285,7 @@ def test_nan_is_told_by_every_program(data, ranks, tmp_path):
     for tool, argv in tool_arguments(folder, data, tmp_path / "out").items():
         status, stderr = ranks(1).run(run_tool, tool, argv)[0]
         assert (status, stderr) == (2, f"error: {folder}: NaN or infinity in tensor {GATE}\n"), tool
+        assert [path.name for path in tmp_path.iterdir()] == ["model"], tool
 
 
 def test_rows_longer_than_the_sliding_window(data, ranks, tmp_path):

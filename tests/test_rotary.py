@@ -118,6 +118,9 @@ def test_stages_go_out_from_the_first_checkpoint(way, short_llama):
     at_once = stages(first, (model, 1024))
     assert stages(first, (model, 256), (model, 1024)).rope == at_once.rope
     assert stages(first, (model, 256), (model, 1024), (ModelConfig(), 1024), (model, 1024)).rope == at_once.rope
+    # A stage that names the base that ntk made, as the options kept beside its checkpoints do.
+    middle = stages(first, (model, 256))
+    assert stages(middle, (ModelConfig(rotary_base=middle.rotary_base), 256), (model, 1024)).rope == at_once.rope
     # A base that was changed first, or that comes with it.
     based = stages(first, (ModelConfig(rotary_base=5e4), 256), (model, 1024))
     assert based.rope == stages(first, (replace(model, rotary_base=5e4), 1024)).rope

@@ -258,9 +258,16 @@ def check_optimizer(optimizer: OptimizationConfig) -> None:
 
 def check_checkpoint(checkpoint: CheckpointConfig, model: ModelConfig, data: DataConfig, train: TrainConfig) -> None:
     """That there is something to start from, and that what is asked to be written has its own place."""
+    pretrained = checkpoint.pretrained_checkpoint
     _require(
-        model.load_hf is not None or checkpoint.load is not None,
+        model.load_hf is not None or checkpoint.load is not None or pretrained is not None,
         "--load-hf or --load: expected a model to start from, got neither",
+    )
+    _require(
+        checkpoint.save is None
+        or pretrained is None
+        or Path(checkpoint.save).resolve() not in (Path(pretrained).resolve(), Path(pretrained).resolve().parent),
+        f"--save: expected another folder than the run of --pretrained-checkpoint {pretrained}, got {checkpoint.save}",
     )
     _at_least(1, save_interval=checkpoint.save_interval)
     for name, value in (
@@ -273,7 +280,11 @@ def check_checkpoint(checkpoint: CheckpointConfig, model: ModelConfig, data: Dat
     sources = {"load_hf": model.load_hf, "data_path": data.data_path, "valid_data_path": data.valid_data_path}
     for target, folder, others in (
         ("save", checkpoint.save, sources),
-        ("save_hf", checkpoint.save_hf, {**sources, "save": checkpoint.save, "load": checkpoint.load}),
+        (
+            "save_hf",
+            checkpoint.save_hf,
+            {**sources, "save": checkpoint.save, "load": checkpoint.load, "pretrained_checkpoint": pretrained},
+        ),
     ):
         for name, other in others.items():
             _require(

@@ -252,7 +252,7 @@ class WindowsConfig:
 
     short_window: int | None = None
     """Tokens of a short window (needed by every weighting with a scorer, by tools/score_tokens.py, and to choose key
-    tokens)."""
+    tokens; null: none, or after --pretrained-checkpoint, where a scorer needs them, the rows' length of that run)."""
     short_stride: int | None = None
     """Tokens from one window to the next (null: (1 - window/seq) x window, or less to keep the least context)."""
     min_short_context: int | None = None
@@ -305,6 +305,9 @@ class CheckpointConfig:
     """Steps between two checkpoints (null: only at the end)."""
     load: str | None = None
     """Folder of a run to resume; without a checkpoint in it the run starts fresh and says so."""
+    pretrained_checkpoint: str | None = None
+    """Folder of an earlier run, or one checkpoint of it, whose weights alone a fresh run starts from, at iteration 0;
+    the old context is then its rows' length (a checkpoint under --load wins; --load-hf may be left out)."""
     verify_checkpoint: bool = True
     """Compare the files of a checkpoint or an export with their checksums before it is read."""
     save_hf: str | None = None

@@ -12,8 +12,6 @@ from megatron_tw.model.architecture import Architecture
 from megatron_tw.model.families.table import Shape, expected_tensors, tied_copies
 
 _DTYPES = ("F32", "BF16", "F16")
-_HARMLESS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
-"""Buffers that old versions of transformers saved; they follow from config.json."""
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -37,7 +35,9 @@ class SafetensorsFolder:
             raise ValueError(f"{self.directory}: tensor {missing[0]} is missing ({len(missing)} missing in all)")
         self.copies = {copy: other for copy, other in copies.items() if copy in self._file_of}
         known = expected | {copy: expected[other] for copy, other in self.copies.items()}
-        extra = sorted(name for name in set(self._file_of) - set(known) if not _HARMLESS.fullmatch(name))
+        extra = sorted(
+            name for name in set(self._file_of) - set(known) if not re.fullmatch(architecture.family.buffers, name)
+        )
         if extra:
             raise ValueError(
                 f"{self.directory}: tensor {extra[0]} is none of a {architecture.family.model_type} model with "

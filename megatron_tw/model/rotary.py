@@ -226,7 +226,7 @@ def scaling_factor(origin: Origin, model: ModelConfig, length: int | None) -> fl
 
 def rotary_embedding(architecture: "Architecture") -> Rotary:
     """What transformers computes for this rope."""
-    from transformers import LlamaConfig
+    from transformers import PreTrainedConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope = architecture.rope
@@ -234,14 +234,10 @@ def rotary_embedding(architecture: "Architecture") -> Rotary:
         size = architecture.rotary_dim
         exponents = torch.arange(0, size, 2, dtype=torch.int64).float() / size
         return Rotary(1.0 / (architecture.rotary_base**exponents), 1.0)
-    # Any family's config does; here a head of what is rotated is all there is.
-    hf = LlamaConfig(
-        hidden_size=architecture.rotary_dim,
-        num_attention_heads=1,
-        head_dim=architecture.rotary_dim,
-        max_position_embeddings=architecture.max_position_embeddings,
-        rope_parameters={key: value for key, value in rope.items() if key != "partial_rotary_factor"},
-    )
+    hf: Any = PreTrainedConfig()
+    hf.head_dim, hf.hidden_size, hf.num_attention_heads = architecture.rotary_dim, architecture.rotary_dim, 1
+    hf.max_position_embeddings = architecture.max_position_embeddings
+    hf.rope_parameters = {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
     inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](hf, torch.device("cpu"))
     return Rotary(inv_freq, float(attention_factor))
 

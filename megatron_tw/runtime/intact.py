@@ -1,4 +1,5 @@
-"""The checkpoint that --load names, found and compared with its checksums before anything reads it; and exports."""
+"""The checkpoint that --load or --pretrained-checkpoint names, found, and compared with its checksums before anything
+reads it; and exports."""
 
 from pathlib import Path
 from typing import Any

@@ -120,25 +120,27 @@ def _iteration(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def check_same_model(saved: SavedCheckpoint, architecture: Architecture) -> None:
-    """Refuse a checkpoint whose weights have other shapes than the model that --load-hf names.
+def check_same_model(saved: SavedCheckpoint, architecture: Architecture, option: str = "--load") -> None:
+    """Refuse a checkpoint of another model than the one that --load-hf names; `option` named the checkpoint. Rope and
+    length may differ: they are what runs change.
 
     Raises:
-        ValueError: names the first tensor that differs.
+        ValueError: names the first tensor or number that differs.
     """
+    what = f"{option} {saved.directory}: a checkpoint of another model"
     ours_type, saved_type = architecture.family.model_type, saved.architecture.family.model_type
     if ours_type != saved_type:
-        raise ValueError(
-            f"--load {saved.directory}: a checkpoint of another model: model_type {saved_type}, --load-hf has "
-            f"{ours_type}"
-        )
+        raise ValueError(f"{what}: model_type {saved_type}, --load-hf has {ours_type}")
     ours, theirs = expected_tensors(architecture), expected_tensors(saved.architecture)
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise ValueError(
-                f"--load {saved.directory}: a checkpoint of another model: {name} has shape "
-                f"{theirs.get(name, 'none')}, --load-hf has {ours.get(name, 'none')}"
+                f"{what}: {name} has shape {theirs.get(name, 'none')}, --load-hf has {ours.get(name, 'none')}"
             )
+    for name in ("num_attention_heads", "num_query_groups", "norm_epsilon"):  # which no shape need show
+        number, expected = getattr(saved.architecture, name), getattr(architecture, name)
+        if number != expected:
+            raise ValueError(f"{what}: {name} {number}, --load-hf has {expected}")
 
 
 def check_save_target(save: str | None, load: str | None) -> None:

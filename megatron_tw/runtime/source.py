@@ -1,4 +1,5 @@
-"""Where a model comes from: a run's newest checkpoint (--load), or a Hugging Face folder (--load-hf)."""
+"""Where a model comes from: a run's newest checkpoint (--load), the weights of an earlier run's
+(--pretrained-checkpoint), or a Hugging Face folder (--load-hf)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,20 +21,32 @@ from megatron_tw.runtime.run_folder import SavedCheckpoint, check_same_model
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that can be loaded: its architecture, and the checkpoint (it wins) or folder with its weights."""
+    """A model that can be loaded: its architecture, and where its weights are.
+
+    saved: the checkpoint that a run goes on from. pretrained: an earlier run's, of which the weights alone are taken;
+    None beside `saved`. load_hf: the folder with the weights where both are None.
+    """
 
     architecture: Architecture
     saved: SavedCheckpoint | None
     load_hf: str | None
+    pretrained: SavedCheckpoint | None = None
+
+    @property
+    def checkpoint(self) -> SavedCheckpoint | None:
+        """The checkpoint that holds the weights."""
+        return self.saved or self.pretrained
 
     @property
     def name(self) -> str:
         """The folder the weights come from."""
-        return str(self.saved.directory) if self.saved is not None else str(self.load_hf)
+        return str(self.checkpoint.directory) if self.checkpoint is not None else str(self.load_hf)
 
     @property
     def old_context(self) -> int:
         """Tokens of the context that the model had before the run that extends it."""
+        if self.pretrained is not None:
+            return self.pretrained.state.seq_length
         saved = self.saved.state.old_context if self.saved is not None else None
         return saved or self.architecture.max_position_embeddings
 
@@ -41,8 +54,8 @@ class ModelSource:
     def tokenizer_dir(self) -> Path | None:
         """Folder with the model's tokenizer files, None when nobody kept them. May hold other files too (a Hugging
         Face folder)."""
-        if self.saved is not None:
-            return self.saved.tokenizer_dir if self.saved.tokenizer_dir.is_dir() else None
+        if self.checkpoint is not None:
+            return self.checkpoint.tokenizer_dir if self.checkpoint.tokenizer_dir.is_dir() else None
         return Path(self.load_hf) if self.load_hf is not None else None
 
     def fill(
@@ -53,46 +66,63 @@ class ModelSource:
         scheduler: OptimizerParamScheduler | None = None,
         scorer: HasState | None = None,
     ) -> None:
-        """Load the weights into `chunks`; from a checkpoint also the states of optimizer, scheduler and
+        """Load the weights into `chunks`; from the checkpoint of --load also the states of optimizer, scheduler and
         scorer. Collective over the world."""
         if self.saved is not None:
             load_checkpoint(self.saved, chunks, optimizer, scheduler, scorer)
             check_finite(chunks, self.saved.directory)
+        elif self.pretrained is not None:
+            load_checkpoint(self.pretrained, chunks)
+            check_finite(chunks, self.pretrained.directory)
         else:
             assert self.load_hf is not None
             load_hf(chunks, self.load_hf, self.architecture, layout)
 
 
-def open_source(model: ModelConfig, *, load: str | None, seq_length: int | None, verify: bool = True) -> ModelSource:
+def open_source(
+    model: ModelConfig,
+    *,
+    load: str | None,
+    seq_length: int | None,
+    pretrained: str | None = None,
+    verify: bool = True,
+) -> ModelSource:
     """Find the model and read its architecture, changed as `model` asks; no weights yet. Collective over the world.
 
-    load: folder of a run, or one checkpoint; what it holds wins over --load-hf. seq_length: tokens of the context for
-    which the rotary embedding is stretched, None where nobody says. verify: compare the files of the
+    load: folder of a run, or one checkpoint; what it holds wins over the others. seq_length: tokens of the context for
+    which the rotary embedding is stretched, None where nobody says. pretrained: as `load`, of an earlier run, whose
+    weights win over --load-hf's; looked into only where `load` holds no checkpoint. verify: compare the files of the
     checkpoint or the folder with their checksums.
 
     Raises:
         ValueError: neither option names a model, the checkpoint is damaged, or of another model than the folder.
     """
     load_hf, saved = model.load_hf, open_checkpoint(load, verify=verify) if load is not None else None
+    checkpoint, option = saved, "--load"
+    if saved is None and pretrained is not None:
+        option = "--pretrained-checkpoint"
+        checkpoint = open_checkpoint(pretrained, verify=verify, option=option)
+        if checkpoint is None:
+            raise ValueError(f"{option} {pretrained}: expected the folder of a run, found no checkpoint in it")
     if load_hf is not None:
-        if saved is None and verify:
+        if checkpoint is None and verify:
             check_export(load_hf, "--load-hf")
         try:
             architecture = read_architecture(load_hf)
         except ValueError as error:
             raise ValueError(f"--load-hf: {error}") from error
-        if saved is not None:
-            check_same_model(saved, architecture)
-            architecture = saved.architecture
-    elif saved is not None:
-        architecture = saved.architecture
+        if checkpoint is not None:
+            check_same_model(checkpoint, architecture, option)
+            architecture = checkpoint.architecture
+    elif checkpoint is not None:
+        architecture = checkpoint.architecture
     elif load is not None:
         raise ValueError(f"--load {load}: holds no checkpoint, and there is no --load-hf to start from")
     else:
         raise ValueError(
             "--load-hf: expected a Hugging Face folder to start from (or --load with a checkpoint), got none"
         )
-    return ModelSource(architecture.with_rope(model, seq_length), saved, load_hf)
+    return ModelSource(architecture.with_rope(model, seq_length), saved, load_hf, checkpoint if saved is None else None)
 
 
 def row_bos_id(option: int | None, rows: TokenRows, architecture: Architecture) -> int | None:

@@ -1,12 +1,12 @@
 """What a training run starts from: its files, opened and checked before anything is allocated."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_tw.config import RunConfig, check_config, data_parallel_size
+from megatron_tw.config import RunConfig, check_config, check_own_windows, data_parallel_size
 from megatron_tw.data.rows import TOKENIZER_DIR, TokenRows
 from megatron_tw.model.build import check_export_target
 from megatron_tw.runtime.opening import open_rows
@@ -52,8 +52,11 @@ def open_inputs(config: RunConfig) -> Inputs:
         config.model,
         load=config.checkpoint.load,
         seq_length=config.data.seq_length,
+        pretrained=config.checkpoint.pretrained_checkpoint,
         verify=config.checkpoint.verify_checkpoint,
     )
+    if schedule.needs_scorer:
+        config = with_window(config, source)
     rows = open_rows("--data-path", config.data.data_path, source, config.data.seq_length)
     valid_rows = None
     if config.data.valid_data_path is not None:
@@ -81,6 +84,23 @@ def open_inputs(config: RunConfig) -> Inputs:
         valid_rows=valid_rows,
         tokenizer_dir=tokenizer_dir if tokenizer_dir.is_dir() else source.tokenizer_dir,
     )
+
+
+def with_window(config: RunConfig, source: ModelSource) -> RunConfig:
+    """The options with a short window: without --short-window, which --pretrained-checkpoint allows, that is the
+    context that the model had before.
+
+    Raises:
+        ValueError: the rows are not longer than that.
+    """
+    if config.windows.short_window is not None:
+        return config
+    windows = replace(config.windows, short_window=source.old_context)
+    try:
+        check_own_windows(windows, config.data.seq_length)
+    except ValueError as error:
+        raise ValueError(f"{error} (the old context, without --short-window)") from error
+    return replace(config, windows=windows)
 
 
 def _check_folder(option: str, folder: str | None) -> None:

@@ -200,7 +200,11 @@ class Run:
             if self.iteration >= config.train.train_iters:
                 log.say(f"--train-iters {config.train.train_iters}: the run is there already, no step is left")
         elif config.checkpoint.load is not None:
-            log.say(f"--load {config.checkpoint.load} holds no checkpoint: starting fresh from {config.model.load_hf}")
+            source = self.inputs.source
+            log.say(f"--load {config.checkpoint.load} holds no checkpoint: starting fresh from {source.name}")
+        if (earlier := self.inputs.source.pretrained) is not None:
+            state = earlier.state
+            log.say(f"weights of {earlier.directory}: {state.iteration} steps on rows of {state.seq_length} tokens")
         for line in begun_again + self._describe():
             log.say(line)
         return log

@@ -51,7 +51,12 @@ class Settings:
         """The options with these in place of what was not given, as they are kept beside checkpoints."""
         windows = config.windows
         if self.windows is not None:
-            windows = replace(windows, short_stride=self.windows.stride, min_short_context=self.windows.least_context)
+            windows = replace(
+                windows,
+                short_window=self.windows.tokens,
+                short_stride=self.windows.stride,
+                min_short_context=self.windows.least_context,
+            )
         return replace(
             config,
             data=replace(config.data, bos_id=self.bos_id),

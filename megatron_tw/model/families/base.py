@@ -113,6 +113,7 @@ class Family:
     (family, transformer_engine) -> spec. attention_span: tokens that a token sees at most, from config.json; None
     where all before it. partial_rotary: what transformers takes where config.json has no `partial_rotary_factor`;
     None where all of a head is rotated. fused_activation: whether Megatron-Core fuses this activation with the bias.
+    buffers: names (a regular expression) of tensors that follow from config.json, which old folders hold.
     """
 
     model_type: str
@@ -124,6 +125,7 @@ class Family:
     layer: Callable[["Family", bool], ModuleSpec]
     attention_span: Callable[[Mapping[str, Any], str], int | None] = sees_all
     partial_rotary: float | None = None
+    buffers: str = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
     fused_activation: bool = True
 
     @property

@@ -139,7 +139,7 @@ def check_scorer_options(config: RunConfig, *, needed: bool) -> None:
             continue
         users = " or ".join(other for other, kind in _SCORERS.items() if field.name in kind.options)
         raise ValueError(f"{flag(field.name)}: is for --scorer {users}, got --scorer {name}")
-    if needed and config.windows.short_window is None:
+    if needed and config.windows.short_window is None and config.checkpoint.pretrained_checkpoint is None:
         raise ValueError("--short-window: the weighting needs a scorer's windows, got none")
     if not needed:
         if name != ScorerConfig.scorer:

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Llama-3-8B from 8k to 32k and from there to 128k tokens, as one command: each stage starts from the weights of the one
+# before. Stage 32k is extend_llama3_32k.yaml, as published in arXiv 2503.09202; stage 128k is extend_llama3_128k.yaml,
+# which says what in it is our choice. A model, a folder for the runs, and each stage's rows must be named:
+#
+#   bash examples/extend_llama3_128k_staged.sh --load-hf DIR --save DIR \
+#       32k: --data-path DIR 128k: --data-path DIR --save-hf DIR
+#
+# Options before `32k:` are for both stages, those behind `32k:` or `128k:` for that one; they override the recipe's.
+# The runs are in the folders 32k and 128k of --save. The same command again goes on where it was stopped or killed: a stage
+# that has made its last step is left alone. Several nodes: as launch.sh says, the same command on each.
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+fail() { echo "error: $1" >&2; exit 2; }
+
+stages=(32k 128k)
+declare -A recipe=([32k]=extend_llama3_32k.yaml [128k]=extend_llama3_128k.yaml)
+both=() options_32k=() options_128k=() save=""
+declare -n options=both
+while [ $# -gt 0 ]; do
+    case "$1" in
+        32k:) declare -n options=options_32k ;;
+        128k:) declare -n options=options_128k ;;
+        --load|--load=*|--pretrained-checkpoint|--pretrained-checkpoint=*)
+            fail "${1%%=*}: this script says it to each stage itself" ;;
+        --save) [ $# -gt 1 ] || fail "--save: expected a folder"; shift; save="$1" ;;
+        --save=*) save="${1#--save=}" ;;
+        *) options+=("$1") ;;
+    esac
+    shift
+done
+[ -n "$save" ] || fail "--save: expected a folder for the runs of the stages"
+
+# Whether the run in a folder has made its last step, by its newest checkpoint.
+is_over() {
+    local step
+    step="$(cat "$1/latest_checkpointed_iteration.txt" 2>/dev/null)" || return 1
+    [[ "$step" =~ ^[0-9]+$ ]] || return 1
+    grep -qx "train_iters: $((10#$step))" "$1/iter_$(printf %07d "$((10#$step))")/config.yaml" 2>/dev/null
+}
+
+# Signals go to the stage that runs, and end this script with it.
+child="" stopping=""
+stop() { stopping=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true; }
+trap stop TERM INT
+
+before=()
+for stage in "${stages[@]}"; do
+    run="$save/$stage"
+    if is_over "$run"; then
+        echo "stage $stage: is over ($run)"
+    else
+        echo "stage $stage: $run"
+        declare -n options="options_$stage"
+        bash "$here/launch.sh" "$here/${recipe[$stage]}" "${both[@]}" "${options[@]}" "${before[@]}" \
+            --load "$run" --save "$run" &
+        child=$!
+        wait "$child" && status=0 || status=$?
+        while [ -n "$stopping" ] && kill -0 "$child" 2>/dev/null; do  # the signal has only ended the wait
+            wait "$child" && status=0 || status=$?
+        done
+        child=""
+        [ "$status" = 0 ] || exit "$status"
+        if ! is_over "$run"; then
+            echo "stage $stage: stopped before its last step; the same command goes on from there"
+            exit 0
+        fi
+    fi
+    [ -z "$stopping" ] || exit 0
+    before=(--pretrained-checkpoint "$run")
+done

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Train with a recipe on this node, or as one of a job's nodes: `bash launch.sh RECIPE.yaml OPTIONS`. The recipes'
+# scripts beside this file call it.
+#
+# NPROC_PER_NODE is the number of ranks a node (default: its GPUs, else 1). Several nodes: under Slurm by srun with one
+# task a node; by hand with NNODES, NODE_RANK and MASTER_ADDR.
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+fail() { echo "error: $1" >&2; exit 2; }
+
+recipe="$1"
+shift
+python=python
+if [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$here/../.venv/bin/python" ]; then python="$here/../.venv/bin/python"; fi
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
+ranks="${NPROC_PER_NODE:-${GPUS_PER_NODE:-$((gpus > 0 ? gpus : 1))}}"
+nodes="${NNODES:-${SLURM_NNODES:-1}}"
+
+if [ "$nodes" = 1 ]; then
+    rendezvous=(--standalone)
+else
+    node="${NODE_RANK:-${SLURM_NODEID:-}}"
+    [ -n "$node" ] || fail "NODE_RANK: expected the number of this node, of $nodes; under Slurm start with srun"
+    [ "${SLURM_LOCALID:-0}" = 0 ] || fail "srun: expected --ntasks-per-node 1, this is task $SLURM_LOCALID of its node"
+    address="${MASTER_ADDR:-}"
+    if [ -z "$address" ] && [ -n "${SLURM_JOB_NODELIST:-}" ]; then
+        names="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+        address="${names%%[[:space:]]*}"
+    fi
+    [ -n "$address" ] || fail "MASTER_ADDR: expected the address of node 0, of $nodes"
+    port="${MASTER_PORT:-$((29500 + ${SLURM_JOB_ID:-0} % 1000))}"  # jobs that share a node do not meet
+    rendezvous=(--nnodes "$nodes" --node-rank "$node" --master-addr "$address" --master-port "$port")
+fi
+# A scheduler's SIGTERM: what a step and its checkpoint may take before the launcher kills its ranks, in seconds.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
+train="$(dirname "$here")/tools/train.py"
+exec "$python" -m torch.distributed.run --nproc-per-node "$ranks" "${rendezvous[@]}" "$train" --config "$recipe" "$@"
