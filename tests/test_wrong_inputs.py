@@ -1,6 +1,7 @@
 """Every line of tests/wrong_inputs.txt: what a user gets wrong or a disk damages ends in exit status 2 and one line,
 which names the option or the file; and nothing is written or changed but what was asked for."""
 
+import os
 import re
 import shlex
 import shutil
@@ -81,9 +82,12 @@ def own_world(world: Path) -> Iterator[Callable[[], Path]]:
 def state(folder: Path) -> dict[str, tuple[int, int, int] | None]:
     """Every file's size, time and number, and every folder."""
     found: dict[str, tuple[int, int, int] | None] = {}
-    for path in folder.rglob("*"):
-        stat = path.stat()
-        found[str(path.relative_to(folder))] = None if path.is_dir() else (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    for place, folders, files in os.walk(folder):
+        below = os.path.relpath(place, folder)
+        found |= {os.path.normpath(f"{below}/{name}"): None for name in folders}
+        for name in files:
+            stat = os.stat(f"{place}/{name}")
+            found[os.path.normpath(f"{below}/{name}")] = stat.st_size, stat.st_mtime_ns, stat.st_ino
     return found
 
 
