@@ -5,9 +5,11 @@ import contextlib
 import io
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
+from damage import flip
 from tiny import BOS, SEQ_LENGTH, TINY_LLAMA, prepare_ready_rows, reference_rows
 
 from megatron_tw.parallel.layout import destroy_layout
@@ -17,10 +19,11 @@ TOOLS = {"score": score_tokens, "train": train, "evaluate": evaluate, "convert":
 
 
 def run_tool(tool: str, argv: list[str]) -> tuple[int, str]:
-    """On a rank: exit status and stderr of a tool."""
+    """On a rank: exit status and stderr of a tool. No launcher ends the others, so they need not wait for one."""
     stderr = io.StringIO()
     status = 0
-    with contextlib.redirect_stderr(stderr):
+    at_once = mock.patch("megatron_tw.config.errors.GRACE_SECONDS", 0.1)
+    with contextlib.redirect_stderr(stderr), at_once:
         try:
             TOOLS[tool].main(argv)
         except SystemExit as stop:
@@ -85,3 +88,23 @@ def test_convert_and_evaluate(finished_run, world, ranks, tmp_path):
     nlls = [np.load(tmp_path / name / "nll.npz")["long_nll"] for name in ("trained", "exported", "imported")]
     np.testing.assert_array_equal(nlls[0], nlls[1])
     np.testing.assert_array_equal(nlls[0], nlls[2])
+
+
+def test_damaged_files_are_told_alike_by_every_rank(world, ranks, tmp_path):
+    """Ranks share the reading of scores and of exports; what one of them finds, all of them say."""
+    windows, model = ["--short-window", "64", "--short-stride", "48"], tmp_path / "hf"
+    score = ["--load-hf", str(TINY_LLAMA), "--data-path", str(world["data"]), *windows, "--output", str(tmp_path / "s")]
+    assert ranks(2).run(run_tool, "score", score)[0][0] == 0
+    trained = arguments(world, "--save-hf", str(model), "--global-batch-size", "2")
+    assert ranks(2).run(run_tool, "train", trained)[0][0] == 0
+    cached = ["--weighting", "dense", *windows, "--scorer", "frozen", "--scores", str(tmp_path / "s")]
+    cases = [(tmp_path / "s" / "scores.bin", cached), (model / "model.safetensors", ["--load-hf", str(model)])]
+    for file, options in cases:
+        for where in (0.1, 0.9):
+            content = file.read_bytes()
+            flip(file, str(int(where * len(content))))
+            ours, theirs = ranks(2).run(run_tool, "train", arguments(world, *options, "--global-batch-size", "2"))
+            assert ours[0] == theirs[0] == 2, ours
+            assert str(file) in ours[1]
+            assert ours[1] == theirs[1].replace("error (rank 1)", "error")
+            file.write_bytes(content)
