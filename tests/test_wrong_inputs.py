@@ -1,6 +1,7 @@
 """Every line of tests/wrong_inputs.txt: what a user gets wrong or a disk damages ends in exit status 2 and one line,
 which names the option or the file; and nothing is written or changed but what was asked for."""
 
+import os
 import re
 import shlex
 import shutil
@@ -18,7 +19,7 @@ TARGETS = ("--save", "--save-hf", "--output", "--tensorboard-dir")
 
 @dataclass(frozen=True)
 class Case:
-    """A line of the table. late: what is asked for may have been begun."""
+    """A line of the table. late: what is asked for may have been begun. disk: bytes that a file can have at most."""
 
     program: str
     given: str
@@ -26,6 +27,7 @@ class Case:
     options: tuple[str, ...]
     said: str
     late: bool
+    disk: int | None
 
     @property
     def name(self) -> str:
@@ -44,7 +46,8 @@ def read_table() -> Iterator[Case]:
             last = steps.pop() if steps and steps[-1].startswith(("--", "without ", "positional")) else ""
             late = said.startswith("* ")
             said = said.removeprefix("* ")
-            yield Case(program, given, ";".join(steps), tuple(_with(base, shlex.split(last))), said, late)
+            disk = int(steps.pop().split()[1]) if steps and steps[-1].startswith("disk ") else None
+            yield Case(program, given, ";".join(steps), tuple(_with(base, shlex.split(last))), said, late, disk)
 
 
 def _with(base: list[str], options: list[str]) -> list[str]:
@@ -79,9 +82,12 @@ def own_world(world: Path) -> Iterator[Callable[[], Path]]:
 def state(folder: Path) -> dict[str, tuple[int, int, int] | None]:
     """Every file's size, time and number, and every folder."""
     found: dict[str, tuple[int, int, int] | None] = {}
-    for path in folder.rglob("*"):
-        stat = path.stat()
-        found[str(path.relative_to(folder))] = None if path.is_dir() else (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    for place, folders, files in os.walk(folder):
+        below = os.path.relpath(place, folder)
+        found |= {os.path.normpath(f"{below}/{name}"): None for name in folders}
+        for name in files:
+            stat = os.stat(f"{place}/{name}")
+            found[os.path.normpath(f"{below}/{name}")] = stat.st_size, stat.st_mtime_ns, stat.st_ino
     return found
 
 
@@ -97,10 +103,10 @@ def test_the_table_is_whole() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_what_is_wrong_is_said(case: Case, programs: Programs, world: Path, own_world: Callable[[], Path]) -> None:
-    folder = own_world() if case.damage or case.late else world
+    folder = own_world() if case.damage or case.late or case.disk else world
     damage(folder, case.damage)
     before = state(folder)
-    answer = programs.run(case.program, case.options, folder)
+    answer = programs.run(case.program, case.options, folder, file_bytes=case.disk)
     assert answer.status == 2, answer
     assert len(lines_of(answer)) == 1, answer.stderr
     assert lines_of(answer)[0].startswith("error: "), answer.stderr

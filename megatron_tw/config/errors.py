@@ -92,12 +92,14 @@ def _os_error_in_words(error: OSError) -> str:
     if error.errno is None or error.strerror is None:
         return str(error)
     words = error.strerror[:1].lower() + error.strerror[1:]
-    if error.filename is not None:
-        path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
-        return f"{_option_of(path)}{path}: {words}"
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    name = error.filename2 if full and error.filename2 is not None else error.filename  # of a copy, the one written
+    path = None if name is None else os.fsdecode(name) if isinstance(name, str | bytes) else str(name)
+    option = "" if path is None else _option_of(path)
     targets = [f"{flag(name)} {_Remembered.values[name]}" for name in _TARGETS if _Remembered.values.get(name)]
-    return f"{', '.join(targets)}: {words}" if full and targets else words
+    if full and targets and not option:  # a file that is to become one of them
+        return f"{', '.join(targets)}: {words}"
+    return words if path is None else f"{option}{path}: {words}"
 
 
 def _option_of(path: str) -> str:

@@ -196,9 +196,19 @@ def check_new_folder(output: Path) -> None:
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"--output {output} already exists and is not an empty folder")
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with _making(output):
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
     if not os.access(output.absolute().parent, os.W_OK):
         raise PermissionError(f"--output {output}: the folder above it cannot be written to")
+
+
+@contextmanager
+def _making(output: Path) -> Iterator[None]:
+    """Around making the folder of `output` or one beside it: an error names the option."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"--output {output}: cannot be written to: {error.strerror} ({error.filename})") from error
 
 
 @contextmanager
@@ -210,7 +220,8 @@ def new_folder(output: Path) -> Iterator[Path]:
     """
     check_new_folder(output)
     temporary = output.absolute().parent / f".{output.name}.{os.getpid()}.partial"
-    temporary.mkdir()
+    with _making(output):
+        temporary.mkdir()
     try:
         yield temporary
         temporary.rename(output)  # replaces an empty folder, and nothing else

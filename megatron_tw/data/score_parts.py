@@ -169,9 +169,13 @@ class ScoreParts:
 def _write_bytes(file: Path, content: bytes) -> None:
     """Write a file so that it is there complete or not at all, after a crash of the machine too."""
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    _sync(temporary)
-    temporary.replace(file)
+    try:
+        temporary.write_bytes(content)
+        _sync(temporary)
+        temporary.replace(file)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _digest(content: bytes) -> bytes:

@@ -240,7 +240,7 @@ def _one_error() -> Iterator[None]:
     except CheckpointException as error:
         failed = OSError("; ".join(sorted({str(reason) for reason, _ in error.failures.values()})))
     except RuntimeError as error:
-        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+        if not any(name in str(error) for name in ("inline_container", "PytorchStreamWriter", "iostream error")):
             raise
         raise OSError(f"common.pt: {str(error).splitlines()[0]}") from error
     raise_together(failed)

@@ -128,7 +128,8 @@ class FolderLock:
                 self._wait()
         except OSError as error:
             self._remove_folders()
-            raise OSError(f"{self.what}: cannot be written to: {error.strerror} ({error.filename})") from error
+            where = f" ({error.filename})" if error.filename is not None else ""
+            raise OSError(f"{self.what}: cannot be written to: {error.strerror}{where}") from error
         self._thread.start()
 
     def check(self) -> None:
@@ -168,8 +169,12 @@ class FolderLock:
             file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
             return False
-        with os.fdopen(file, "w") as stream:
-            stream.write(json.dumps(asdict(self.holder)) + "\n")
+        try:
+            with os.fdopen(file, "w") as stream:
+                stream.write(json.dumps(asdict(self.holder)) + "\n")
+        except OSError:
+            self.path.unlink(missing_ok=True)
+            raise
         return True
 
     def _read(self) -> tuple[int, Holder | None] | None:
