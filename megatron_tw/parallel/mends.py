@@ -2,6 +2,7 @@
 
 import functools
 import queue
+import threading
 from itertools import accumulate
 from typing import Any
 
@@ -105,11 +106,39 @@ def mend_adamw_fallback() -> None:
 
 
 def mend_synchronous_saves() -> None:
-    """Hand the results of a synchronous save over within the process that writes it.
+    """Write a synchronous save's files in threads of this process, and hand their results over within it.
 
-    Megatron-Core takes a manager for it, which only asynchronous saves need: one more Python process a rank, which
-    imports the program again at the first save (seconds), and is left behind when its rank is killed.
+    Megatron-Core forks a process a file and waits for it without end: one that is killed (by the kernel, for want of
+    memory) hangs the rank, and those whose rank is killed wait for it for ever, with a copy of the rank's memory. And
+    it takes a manager for the results, which only asynchronous saves need: one more Python process a rank, which
+    imports the program again at the first save (seconds).
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     filesystem_async._get_write_results_queue = queue.SimpleQueue
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_threads)
+
+
+def _write_in_threads(
+    transform_list: list[Any], use_msc: bool, rank: int, write_buckets: list[Any], results: queue.SimpleQueue[Any]
+) -> None:
+    """Stands in for `write_preloaded_data_multiproc`: a file a bucket; puts {number of the bucket: its results} into
+    `results`, or the exception of one that failed."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    written: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    left: queue.Queue[int] = queue.Queue()  # counted down by the writers, asked by nobody
+    threads = []
+    for number, bucket in enumerate(write_buckets):
+        left.put(number)
+        given = (transform_list, number, bucket, written, left, True)
+        threads.append(
+            threading.Thread(target=FileSystemWriterAsync.write_preloaded_data, args=given, kwargs={"use_msc": use_msc})
+        )
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    by_bucket = dict(written.get() for _ in write_buckets)
+    failed = [result for result in by_bucket.values() if isinstance(result, Exception)]
+    results.put(failed[0] if failed else by_bucket)
