@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,19 @@ def test_models_are_compared_on_the_same_targets() -> None:
     assert (sparse.key.difference.mean, sparse.key.difference.standard_error) == (-1.0, 0.0)
     assert [bucket.nll for bucket in sparse.buckets] == [3.5, 5.0]
     assert [difference and difference.mean for difference in sparse.bucket_differences] == [0.0, -0.5]
+
+
+def test_the_old_context_is_the_models(tmp_path: Path) -> None:
+    """The shortest that a model had before its extension; where none says so, or none is shorter, the window."""
+    results, key = three_models()
+    for contexts, expected in (((2, None, 2), 2), ((5, 4, None), 4), ((5, 5, 5), 3), ((None, None, None), 3)):
+        named = {
+            name: replace(result, header=replace(result.header, old_context=context))
+            for (name, result), context in zip(results.items(), contexts, strict=True)
+        }
+        assert compare(named, key).old_context == expected
+    known = [replace(key.source.header, old_context=context).known_context for context in (2, 5, None)]
+    assert known == [2, 3, 3]
 
 
 def test_what_came_out_is_said() -> None:

@@ -1,5 +1,7 @@
 """Options that must not change what is learned (recomputation, tied embeddings), and those that must as said."""
 
+import contextlib
+import io
 import json
 import math
 import subprocess
@@ -117,14 +119,27 @@ def test_learning_rate(style, ranks, reference_data, tmp_path):
     assert json.loads((saved / "run.json").read_text())["state"]["iteration"] == steps
 
 
-def test_a_warm_up_longer_than_the_run(ranks, reference_data):
+def printed_by(config: RunConfig) -> str:
+    """On a rank: what a run prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run_all([config])
+    return printed.getvalue()
+
+
+def test_a_warm_up_longer_than_the_run_is_told_with_the_highest_rate(ranks, reference_data, tmp_path):
     config = options(
         Axes(),
         reference_data,
         optimizer=OptimizationConfig(lr=1e-3, lr_warmup_iters=20),
         train=SHORT_RUN,
+        checkpoint=CheckpointConfig(save=str(tmp_path / "run")),
     )
-    assert len(ranks(1).run(run_steps, Axes(), [config])[0][0]["lm_loss"]) == STEPS
+    (printed,) = ranks(1).run(printed_by, config)
+    highest = metrics_of(tmp_path / "run")["learning_rate"].max()
+    steps = SHORT_RUN.train_iters
+    assert highest == pytest.approx(1e-3 * (steps - 1) / 20)
+    told = f"warning: --lr-warmup-iters 20 does not end within --train-iters {steps}: the highest learning rate of this"
+    assert f"{told} run is {highest:.3g}, not --lr 0.001\n" in printed
 
 
 def test_a_schedule_moves_from_uniform_to_dense(ranks, reference_data):
