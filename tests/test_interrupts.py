@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -73,10 +72,26 @@ def test_ctrl_c_ends_preprocessing_and_its_workers(tmp_path):
     log = tmp_path / "log"
     with tool("preprocess_data", [*argv, "--output", str(tmp_path / "out"), "--workers", "2"], log) as process:
         wait_for(lambda: len(psutil.Process(process.pid).children()) >= 2, log)  # a worker, and who counts its locks
-        time.sleep(0.5)
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(60) == INTERRUPTED, log.read_text()
-    assert log.read_text().splitlines()[-1:] == ["interrupted"]
+    assert log.read_text() == "interrupted\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"long.txt", "tokenizer", "log"}
+
+
+def test_a_worker_that_is_killed_is_told(tmp_path):
+    (tmp_path / "long.txt").write_text("some words of a document that is long enough\n\n" * 400_000)
+    tokenizer = word_tokenizer(tmp_path / "tokenizer", ["<s>", "some", "words", "of", "a", "document"], "<s>")
+    argv = ["--input", str(tmp_path / "long.txt"), "--tokenizer", str(tokenizer), "--seq-length", "64"]
+    log = tmp_path / "log"
+
+    def workers() -> list[psutil.Process]:
+        return [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+
+    with tool("preprocess_data", [*argv, "--output", str(tmp_path / "out"), "--workers", "2"], log) as process:
+        wait_for(workers, log)
+        workers()[0].kill()
+        assert process.wait(60) == 2, log.read_text()
+    assert log.read_text() == "error: --workers 2: one of them was killed; fewer take less memory\n"
     assert {path.name for path in tmp_path.iterdir()} == {"long.txt", "tokenizer", "log"}
 
 

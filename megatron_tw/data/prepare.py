@@ -8,12 +8,15 @@ The result is the same, byte for byte, with any number of workers. Shapes: R row
 """
 
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import TypeVar
 
@@ -212,25 +215,55 @@ def _worker_tokenizer(path: Path) -> Tokenizer:
     return load_tokenizer(path)
 
 
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Ctrl-C waits until the end; a process that is started inside keeps it waiting until `_end_at_ctrl_c`."""
+    if threading.current_thread() is not threading.main_thread():  # only that one is told of signals
+        yield
+        return
+    waiting: list[int] = []
+    # Blocked for the process that is started; noted for this one, some thread of which may get the signal all the same.
+    handler = signal.signal(signal.SIGINT, lambda number, frame: waiting.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if waiting:
+        raise KeyboardInterrupt
+
+
 def _end_at_ctrl_c() -> None:
-    """At once and without a word: the parent speaks."""
+    """In a worker: at once and without a word. The parent speaks."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
 def _map_in_order(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
     """`map` over processes: results in the order of the tasks, which are read only a little ahead of the results.
 
     (Pool.imap would read all of them.) The processes are spawned, not forked: this one may run threads.
+
+    Raises:
+        OSError: a worker was killed.
     """
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_at_ctrl_c)
     pending: deque[Future[Result]] = deque()
     try:
         for task in tasks:
-            pending.append(pool.submit(function, task))
+            with _without_ctrl_c():  # this starts workers
+                pending.append(pool.submit(function, task))
             if len(pending) >= workers * GROUPS_PER_WORKER:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise OSError(f"--workers {workers}: one of them was killed; fewer take less memory") from None
+    except BaseException:
+        for worker in active_children():  # what they are at is of no use to anybody
+            worker.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
