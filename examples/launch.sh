@@ -12,7 +12,11 @@ recipe="$1"
 shift
 python=python
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$here/../.venv/bin/python" ]; then python="$here/../.venv/bin/python"; fi
-gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then  # nvidia-smi does not heed it
+    gpus=$(tr -cs '[:alnum:]_-' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c '[^-]' || true)
+else
+    gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
+fi
 ranks="${NPROC_PER_NODE:-${GPUS_PER_NODE:-$((gpus > 0 ? gpus : 1))}}"
 nodes="${NNODES:-${SLURM_NNODES:-1}}"
 

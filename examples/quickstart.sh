@@ -45,6 +45,7 @@ echo $size > "$output/done/size"
 cd "$root"
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false # ranks share the cores
 export PYTHONWARNINGS=ignore::FutureWarning,ignore::UserWarning # what libraries say would tear the progress bars
+export CUDA_VISIBLE_DEVICES= # CPU ranks, also on a machine with a GPU or two
 launch=(python -m torch.distributed.run --standalone --nproc-per-node)
 
 number=0

@@ -156,6 +156,7 @@ def _serve(rank: int, world_size: int, store_file: str, timeout_seconds: float, 
     if TESTS_DIR not in sys.path:
         sys.path.insert(0, TESTS_DIR)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # CPU ranks, also where there are GPUs, which may be fewer
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name need not resolve
     torch.set_num_threads(1)

@@ -2,6 +2,7 @@
 there are."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,8 +31,15 @@ def losses(data: Path, save: Path, *options: str, gpus: int = 1) -> np.ndarray:
         *("--weighting", "dense", "--short-window", str(WINDOW), "--short-stride", str(STRIDE), "--lr", "1e-3"),
         *options,
     ]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
     done = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600, check=False
+        command,
+        cwd=ROOT,
+        env=environment(CUDA_VISIBLE_DEVICES=visible),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return metrics_of(save)["lm_loss"]

@@ -32,10 +32,12 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This process's environment without a launcher's variables; this interpreter and this checkout come first."""
+    """This process's environment without a launcher's variables and without GPUs (there may be fewer than ranks); this
+    interpreter and this checkout come first."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER)}
     path = f"{Path(sys.executable).parent}:{clean['PATH']}"
     ours = {"PATH": path, "VIRTUAL_ENV": sys.prefix, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ours |= {"CUDA_VISIBLE_DEVICES": ""}
     return clean | ours | variables
 
 
@@ -186,6 +188,8 @@ def launch(tmp_path: Path) -> Launch:
     def run(script: Path = SCRIPT, **variables: str) -> subprocess.CompletedProcess[str]:
         env = environment(**variables)
         env["PATH"] = f"{tmp_path}:{env['PATH']}"
+        if "CUDA_VISIBLE_DEVICES" not in variables:
+            del env["CUDA_VISIBLE_DEVICES"]
         return subprocess.run(
             ["bash", str(script), "--lr", "1e-5", "a b"], env=env, capture_output=True, text=True, check=False
         )
@@ -200,6 +204,9 @@ TAIL = f"{ROOT / 'tools' / 'train.py'} --config {SCRIPT.with_suffix('.yaml')} --
     ("variables", "expected"),
     [
         ({}, "--nproc-per-node 2 --standalone"),
+        ({"CUDA_VISIBLE_DEVICES": "0,3,5"}, "--nproc-per-node 3 --standalone"),  # nvidia-smi lists 2 whatever it says
+        ({"CUDA_VISIBLE_DEVICES": "GPU-1a-2b"}, "--nproc-per-node 1 --standalone"),
+        ({"CUDA_VISIBLE_DEVICES": ""}, "--nproc-per-node 1 --standalone"),
         ({"GPUS_PER_NODE": "8"}, "--nproc-per-node 8 --standalone"),
         ({"GPUS_PER_NODE": "8", "NPROC_PER_NODE": "4"}, "--nproc-per-node 4 --standalone"),
         (

@@ -93,8 +93,8 @@ class ComputeConfig:
     bf16: bool = False
     """Compute in bfloat16 (a training keeps fp32 main weights); otherwise everything is fp32."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Whose layers: Transformer Engine's or our own (auto: Transformer Engine's where it is installed and there is a
-    GPU)."""
+    """Whose layers: Transformer Engine's or our own (auto: Transformer Engine's with --bf16 where it is installed and
+    there is a GPU)."""
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this times TP; exports are stripped again."""
     loss_chunk_tokens: int | None = None

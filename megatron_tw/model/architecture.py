@@ -259,7 +259,9 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         apply_rope_fusion=False,
-        batch_p2p_comm=on_gpu,
+        # An interleaved pipeline sends and receives while it computes; the batched calls of the others do not overlap.
+        batch_p2p_comm=on_gpu and num_model_chunks is None,
+        overlap_p2p_comm=on_gpu and num_model_chunks is not None,
         deallocate_pipeline_outputs=True,
     )
     multiply_cos_and_sin(config, rotary_embedding(architecture).attention_factor)

@@ -43,16 +43,10 @@ def build_model(
     activations, keep_logits_mib: of a model that will be trained; what the loss may keep for its backward pass.
 
     Raises:
-        ValueError: `--transformer-impl transformer_engine` where it is not installed, or a layout that the model does
-        not admit.
+        ValueError: `--transformer-impl transformer_engine` where it is not installed or in fp32, or a layout that the
+        model does not admit.
     """
-    wanted = compute.transformer_impl
-    available = transformer_engine_available()
-    if wanted == "transformer_engine" and not (available and device.type == "cuda"):
-        raise ValueError(
-            "--transformer-impl transformer_engine: Transformer Engine is not installed here, or there is no GPU"
-        )
-    use_te = available and device.type == "cuda" and wanted != "local"
+    use_te = takes_transformer_engine(compute, available=transformer_engine_available() and device.type == "cuda")
     megatron_config = transformer_config(
         architecture, parallel, compute, activations, on_gpu=device.type == "cuda", num_model_chunks=layout.vpp_size
     )
@@ -74,6 +68,28 @@ def build_model(
         )
         chunks.append(chunk.to(device.device))
     return chunks
+
+
+def takes_transformer_engine(compute: ComputeConfig, *, available: bool) -> bool:
+    """Whether the layers are Transformer Engine's. In fp32 they are not: its fused attention knows bf16 alone, what is
+    left holds all scores of a row at once, and under context parallelism it has none.
+
+    available: it is installed, and there is a GPU.
+
+    Raises:
+        ValueError: `--transformer-impl transformer_engine`, and it is not available or the precision is fp32.
+    """
+    if compute.transformer_impl == "transformer_engine":
+        if not available:
+            raise ValueError(
+                "--transformer-impl transformer_engine: Transformer Engine is not installed here, or there is no GPU"
+            )
+        if not compute.bf16:
+            raise ValueError(
+                "--transformer-impl transformer_engine: expected --bf16 with it, got fp32, for which Transformer "
+                "Engine has no fused attention; --transformer-impl local has"
+            )
+    return available and compute.bf16 and compute.transformer_impl != "local"
 
 
 def load_hf(
@@ -222,6 +238,7 @@ def _write_folder(
             (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             if tokenizer_dir is not None:
                 copy_tokenizer(Path(tokenizer_dir), folder)
+                lengthen_tokenizer(folder, config["max_position_embeddings"])
         except OSError as failed:
             error = failed
     raise_together(error)
@@ -241,6 +258,20 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             if file.is_file():
                 target.mkdir(exist_ok=True)
                 shutil.copy(file, target / file.name)
+
+
+def lengthen_tokenizer(folder: Path, length: int) -> None:
+    """Raise `model_max_length` in tokenizer_config.json to the context of `length` tokens: above it, transformers warns
+    of texts that are too long, or cuts them. A file that names none, or that is no JSON, stays as it is."""
+    path = folder / "tokenizer_config.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        known = settings["model_max_length"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return
+    if isinstance(known, int | float) and known < length:
+        text = json.dumps({**settings, "model_max_length": length}, indent=2, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 def _write_shards(

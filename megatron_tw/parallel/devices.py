@@ -18,6 +18,9 @@ from megatron_tw.parallel.mends import mend_megatron
 KNOWN_MEGATRON_CORE = ("0.16.1",)
 """Versions of Megatron-Core whose internals, touched below, were read and tried."""
 
+ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+"""See `set_environment`."""
+
 _FACTORIES = ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "randint", "tensor", "zeros")
 _LIKE_FACTORIES = ("empty_like", "full_like", "ones_like", "rand_like", "randn_like", "zeros_like")
 _CUDA_TYPE_NAMES = {
@@ -54,6 +57,9 @@ def prepare_device() -> Device:
     if _prepared is not None:
         return _prepared
     check_megatron_version()
+    set_environment()
+    # fp32 means fp32, whatever the image's environment says: short NLLs are compared with long ones.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         _prepared = Device("cuda", "nccl", torch.device("cuda", torch.cuda.current_device()))
@@ -62,6 +68,18 @@ def prepare_device() -> Device:
         _prepared = Device("cpu", "gloo", torch.device("cpu"))
     mend_megatron()
     return _prepared
+
+
+def set_environment() -> None:
+    """Variables that a run on GPUs wants, where nobody has set them; read when CUDA starts, so before that. The same
+    whether bash or torchrun starts the run.
+
+    CUDA_DEVICE_MAX_CONNECTIONS 1: kernels start in the order in which they are given, so that communication overlaps
+    with the computation that is given after it (Megatron asks for it under TP and CP). expandable_segments: rows of
+    several lengths leave no holes in the allocator's memory.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def check_megatron_version(version: str | None = None) -> None:
