@@ -79,7 +79,8 @@ def set_environment() -> None:
     several lengths leave no holes in the allocator's memory.
     """
     for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+        if name != "PYTORCH_CUDA_ALLOC_CONF" or "PYTORCH_ALLOC_CONF" not in os.environ:  # its name in newer PyTorch
+            os.environ.setdefault(name, value)
 
 
 def check_megatron_version(version: str | None = None) -> None:
