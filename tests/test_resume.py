@@ -4,6 +4,7 @@ whose small buckets are padded and whose weights are gathered late."""
 import json
 import shutil
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,8 @@ from megatron_tw.config import (
     WeightingOptions,
     WindowsConfig,
 )
+from megatron_tw.model.families import layers
+from megatron_tw.model.norm import RMSNorm
 from megatron_tw.parallel.devices import prepare_device
 from megatron_tw.training.inputs import open_inputs
 from megatron_tw.training.loop import Run
@@ -115,6 +118,50 @@ def groups_after_loading(config: RunConfig) -> list[dict]:
         groups = [{ours: group[theirs] for ours, theirs in names.items()} for group in run.step.optimizer.param_groups]
         release(run.step.model)
     return groups
+
+
+class WithExtraState:
+    """As Transformer Engine's modules: something besides the weights."""
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.ones(1)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        raise AssertionError("a checkpoint has none")
+
+
+def losses_from_step_3(config: RunConfig, extra_state: bool) -> list[float]:
+    """On a rank: a run whose last norm keeps something besides its weights, or does not, and whose optimizer has a
+    number that torch's AdamW has not."""
+    inputs = open_inputs(config)
+    with layout_of(Axes()) as layout, pytest.MonkeyPatch.context() as patch:
+        if extra_state:
+            kind = type("NormWithExtraState", (WithExtraState, RMSNorm), {})
+            patch.setitem(layers._NORMS, "RMSNorm", kind)
+            made = torch.optim.AdamW.__init__
+            patch.setattr(torch.optim.AdamW, "__init__", partialmethod(_with_a_number, made))
+        run = Run.start(config, inputs, layout, prepare_device())
+        assert ("decoder.final_layernorm._extra_state" in run.chunks[0].state_dict()) == extra_state
+        assert not extra_state or all(group["bias_correction"] for group in run.step.optimizer.param_groups)
+        run.train()
+        release(run.step.model)
+    return metrics_of(Path(str(config.checkpoint.save)))["lm_loss"].tolist()
+
+
+def _with_a_number(self: torch.optim.AdamW, made, *args, **kwargs) -> None:
+    made(self, *args, **kwargs)
+    for group in self.param_groups:
+        group["bias_correction"] = True
+
+
+@pytest.mark.parametrize("extra_state", [False, True])
+def test_a_checkpoint_passes_between_layers_with_extra_state_and_without(
+    extra_state, straight, ranks, reference_data, tmp_path
+):
+    save, pool = tmp_path / "run", ranks(1)
+    pool.run(losses_from_step_3, run_of(Axes(), reference_data, save, stop=STOP), extra_state)
+    [losses] = pool.run(losses_from_step_3, run_of(Axes(), reference_data, save), not extra_state)
+    assert losses == metrics_of(straight)["lm_loss"].tolist()
 
 
 def average_less_weights(config: RunConfig) -> float:

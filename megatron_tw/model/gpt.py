@@ -1,6 +1,7 @@
 """The model: Megatron-Core's GPTModel whose last stage returns per-token NLL (or logits), never both and never logits
 on the way."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from megatron_tw.model.families import Family
 from megatron_tw.model.families.layers import norm_of
 from megatron_tw.model.rotary import ShardedRotaryEmbedding, rotary_embedding
 from megatron_tw.parallel.layout import Layout
+
+_EXTRA_STATE = "_extra_state"
 
 
 class TokenWeightedGPT(GPTModel):
@@ -66,6 +69,23 @@ class TokenWeightedGPT(GPTModel):
             )
             self.output_layer.bias = torch.nn.Parameter(bias)  # GPTModel has no option for it
             set_tensor_model_parallel_attributes(self.output_layer.bias, is_parallel=True, dim=0, stride=1)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Megatron-Core's, of the weights alone. What Transformer Engine's modules keep besides (`_extra_state`: scales
+        of FP8, which a run makes again) would tie a checkpoint to them."""
+        state = super().sharded_state_dict(*args, **kwargs)
+        return {name: entry for name, entry in state.items() if not name.endswith(_EXTRA_STATE)}
+
+    def load_weights(self, state: Mapping[str, Any]) -> None:
+        """Take over the loaded entries of `sharded_state_dict`.
+
+        Raises:
+            ValueError: weights are missing, or are not the model's.
+        """
+        missing, unknown = self.load_state_dict(state, strict=False)
+        wrong = [name for name in [*missing, *unknown] if not name.endswith(_EXTRA_STATE)]
+        if wrong:
+            raise ValueError(f"weights that are missing or unknown: {', '.join(wrong)}")
 
     def head_weight(self) -> Tensor:
         """The output projection [V / TP, hidden] of this rank: the embedding's own weight where they are tied."""

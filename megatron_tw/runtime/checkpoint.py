@@ -43,6 +43,7 @@ from megatron_tw.parallel.agree import raise_together
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.runtime.checksums import seal
 from megatron_tw.runtime.lock import FolderLock
+from megatron_tw.runtime.optimizer import load_optimizer
 from megatron_tw.runtime.run_folder import (
     FORMAT_VERSION,
     HEADER_FILE,
@@ -181,9 +182,9 @@ def load_checkpoint(
         FileSystemReader(saved.directory).read_metadata()  # where this fails, torch prints a traceback and goes on
         state = dist_checkpointing.load(sharded, str(saved.directory))
     for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True):
-        chunk.load_state_dict(state[key])
+        chunk.load_weights(state[key])
     if optimizer is not None:
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"])
     if scheduler is not None:
         scheduler.load_state_dict(state["scheduler"])
     if scorer is not None and saved.scorer_state:

@@ -3,6 +3,7 @@ schedule."""
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -69,6 +70,16 @@ def make_optimizer(model: Sequence[DistributedDataParallel], config: RunConfig) 
         part.data_parallel_group_gloo = part.data_parallel_group_gloo or part.data_parallel_group
     model[0].config.grad_scale_func = optimizer.scale_loss
     return optimizer
+
+
+def load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Take over a checkpoint's optimizer state. Numbers of the parameter groups that it does not have stay as this
+    optimizer was made with them: torch's AdamW saves no `bias_correction`, which Transformer Engine's reads."""
+    made = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, before in zip(optimizer.param_groups, made, strict=True):
+        for name in before.keys() - group.keys():
+            group[name] = before[name]
 
 
 def use_options(optimizer: MegatronOptimizer, options: OptimizationConfig) -> None:
