@@ -3,7 +3,7 @@
 #
 #   docker build -t megatron-tw .
 #   docker run --rm megatron-tw                                   # shows the options of tools/train.py
-#   docker run --rm --gpus all --ipc host --network host -v /data:/data megatron-tw \
+#   docker run --rm --gpus all --ipc host --network host --ulimit memlock=-1 -v /data:/data megatron-tw \
 #       bash examples/extend_llama3_32k.sh --load-hf /data/model --data-path /data/rows --save /data/run
 ARG BASE=nvcr.io/nvidia/pytorch:25.12-py3
 FROM ${BASE}
