@@ -7,8 +7,9 @@
 #       32k: --data-path DIR 128k: --data-path DIR --save-hf DIR
 #
 # Options before `32k:` are for both stages, those behind `32k:` or `128k:` for that one; they override the recipe's.
-# The runs are in the folders 32k and 128k of --save. The same command again goes on where it was stopped or killed: a stage
-# that has made its last step is left alone. Several nodes: as launch.sh says, the same command on each.
+# The runs are in the folders 32k and 128k of --save. The same command again goes on where it was stopped or killed: a
+# stage that has made its last step, and its export if --save-hf asks for one, is left alone, whatever its options say by
+# then. Several nodes: as launch.sh says, the same command on each.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 fail() { echo "error: $1" >&2; exit 2; }
@@ -31,9 +32,25 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$save" ] || fail "--save: expected a folder for the runs of the stages"
 
-# Whether the run in a folder has made its last step, by its newest checkpoint.
+# What option $1 says among the other arguments; nothing where it is not there.
+value_of() {
+    local name="$1" value=""
+    shift
+    while [ $# -gt 0 ]; do
+        case "$1" in
+            "$name") value="${2:-}" ;;
+            "$name"=*) value="${1#*=}" ;;
+        esac
+        shift
+    done
+    echo "$value"
+}
+
+# Whether the run in folder $1 has made its last step, by its newest checkpoint, and the export $2, if that is named.
 is_over() {
     local step
+    [ -z "$2" ] || [ -f "$2/config.json" ] || return 1
+    ls "$1" >/dev/null 2>&1 || return 1  # storage of a network then looks again
     step="$(cat "$1/latest_checkpointed_iteration.txt" 2>/dev/null)" || return 1
     [[ "$step" =~ ^[0-9]+$ ]] || return 1
     grep -qx "train_iters: $((10#$step))" "$1/iter_$(printf %07d "$((10#$step))")/config.yaml" 2>/dev/null
@@ -47,11 +64,12 @@ trap stop TERM INT
 before=()
 for stage in "${stages[@]}"; do
     run="$save/$stage"
-    if is_over "$run"; then
+    declare -n options="options_$stage"
+    export_to="$(value_of --save-hf "${both[@]}" "${options[@]}")"
+    if is_over "$run" "$export_to"; then
         echo "stage $stage: is over ($run)"
     else
         echo "stage $stage: $run"
-        declare -n options="options_$stage"
         bash "$here/launch.sh" "$here/${recipe[$stage]}" "${both[@]}" "${options[@]}" "${before[@]}" \
             --load "$run" --save "$run" &
         child=$!
@@ -61,7 +79,11 @@ for stage in "${stages[@]}"; do
         done
         child=""
         [ "$status" = 0 ] || exit "$status"
-        if ! is_over "$run"; then
+        for _ in $(seq 12); do  # of several nodes, one may see late what another wrote
+            if [ "${NNODES:-${SLURM_NNODES:-1}}" = 1 ] || is_over "$run" "$export_to"; then break; fi
+            sleep 5
+        done
+        if ! is_over "$run" "$export_to"; then
             echo "stage $stage: stopped before its last step; the same command goes on from there"
             exit 0
         fi

@@ -20,12 +20,12 @@ fi
 ranks="${NPROC_PER_NODE:-${GPUS_PER_NODE:-$((gpus > 0 ? gpus : 1))}}"
 nodes="${NNODES:-${SLURM_NNODES:-1}}"
 
+[ "${SLURM_LOCALID:-0}" = 0 ] || fail "srun: expected --ntasks-per-node 1, this is task $SLURM_LOCALID of its node"
 if [ "$nodes" = 1 ]; then
     rendezvous=(--standalone)
 else
     node="${NODE_RANK:-${SLURM_NODEID:-}}"
     [ -n "$node" ] || fail "NODE_RANK: expected the number of this node, of $nodes; under Slurm start with srun"
-    [ "${SLURM_LOCALID:-0}" = 0 ] || fail "srun: expected --ntasks-per-node 1, this is task $SLURM_LOCALID of its node"
     address="${MASTER_ADDR:-}"
     if [ -z "$address" ] && [ -n "${SLURM_JOB_NODELIST:-}" ]; then
         names="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"

@@ -218,16 +218,19 @@ def export_that_fails() -> Iterator[None]:
         yield
 
 
-def run_tool_that_cannot_export(tool: str, argv: list[str]) -> tuple[int, str]:
-    with export_that_fails():
+def run_tool_that_cannot_export(tool: str, argv: list[str], current: Path) -> tuple[int, str]:
+    with export_that_fails(), contextlib.chdir(current):
         return run_tool(tool, argv)
 
 
 def test_an_export_that_fails_can_be_made_later(world, ranks, tmp_path):
-    for name, save in (("with", ["--save", str(tmp_path / "run")]), ("without", [])):
+    current = tmp_path / "current"
+    current.mkdir()
+    (tmp_path / "hf_elsewhere.checkpoint").touch()  # so that nothing can be kept there
+    for name, save in (("with", ["--save", str(tmp_path / "run")]), ("without", []), ("elsewhere", [])):
         target = tmp_path / f"hf_{name}"
         argv = arguments(world, *save, "--save-hf", str(target))
-        status, stderr = ranks(1).run(run_tool_that_cannot_export, "train", argv)[0]
+        status, stderr = ranks(1).run(run_tool_that_cannot_export, "train", argv, current)[0]
         assert status == 2
         assert f"--save-hf {target}: could not be written" in stderr
         assert "No space left" in stderr
@@ -237,6 +240,7 @@ def test_an_export_that_fails_can_be_made_later(world, ranks, tmp_path):
         status, stderr = ranks(1).run(run_tool, "convert", command[2:])[0]
         assert (status, stderr) == (0, "")
         assert (target / "model.safetensors").is_file()
+    assert (current / "hf_elsewhere.checkpoint").is_dir()
 
 
 def test_an_export_that_cannot_be_written_is_refused_before_the_first_step(world, ranks, tmp_path):

@@ -236,6 +236,7 @@ def test_every_recipe_is_launched_alike(launch: Launch) -> None:
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
+        ({"SLURM_NNODES": "1", "SLURM_LOCALID": "3"}, "error: srun: expected --ntasks-per-node 1, this is task 3"),
         ({"NNODES": "2"}, "error: NODE_RANK: expected the number of this node"),
         ({"NNODES": "2", "NODE_RANK": "0"}, "error: MASTER_ADDR: expected the address of node 0"),
         ({"SLURM_NNODES": "2", "SLURM_NODEID": "0", "SLURM_LOCALID": "1"}, "error: srun: expected --ntasks-per-node 1"),

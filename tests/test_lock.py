@@ -147,6 +147,22 @@ def test_a_run_that_was_given_up_finds_out_before_it_writes(tmp_path):
     assert token_in(tmp_path) == other.token  # not its to remove
 
 
+def test_storage_that_is_away_for_a_while_is_no_other_run(tmp_path):
+    told: list[str] = []
+    folder = tmp_path / "run"
+    lock = lock_of(folder, on_lost=told.append)
+    lock.acquire()
+    folder.rename(tmp_path / "away")
+    time.sleep(5 * BEAT)
+    with pytest.raises(ValueError, match=r"run\.lock is gone"):  # but nothing is written there
+        lock.check()
+    (tmp_path / "away").rename(folder)
+    time.sleep(3 * BEAT)
+    assert not told
+    lock.check()
+    lock.release()
+
+
 def test_it_gives_signs_of_life_until_its_file_is_gone(tmp_path):
     """The run that took the folder has ended too."""
     told: list[str] = []

@@ -6,6 +6,8 @@ import shutil
 from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,9 +35,11 @@ from megatron_tw.config import (
     WeightingOptions,
     WindowsConfig,
 )
+from megatron_tw.model.architecture import read_architecture
 from megatron_tw.model.families import layers
 from megatron_tw.model.norm import RMSNorm
 from megatron_tw.parallel.devices import prepare_device
+from megatron_tw.runtime.source import ModelSource
 from megatron_tw.training.inputs import open_inputs
 from megatron_tw.training.loop import Run
 from megatron_tw.training.scorers import EmaScorer
@@ -211,6 +215,13 @@ def test_gradients_that_are_not_finite_end_the_run_before_it_is_saved(ranks, ref
         assert "in step 2" in error
     assert json.loads((save / "latest_checkpointed_iteration.txt").read_text()) == 1
     assert metrics_of(save)["iteration"].tolist() == [1]
+
+
+@pytest.mark.parametrize(("kept", "named", "expected"), [(32, 64, 32), (None, 64, 64), (None, None, 256)])
+def test_whose_the_old_context_is(kept, named, expected):
+    """Of a run that did not keep it: that of the folder named by --load-hf, else the checkpoint's, which is the new one."""
+    saved: Any = SimpleNamespace(state=SimpleNamespace(old_context=kept))
+    assert ModelSource(read_architecture(TINY_LLAMA), saved, None, None, named).old_context == expected
 
 
 def test_the_old_context_is_remembered(ranks, reference_data, tmp_path):

@@ -284,6 +284,15 @@ def test_each_stage_gets_its_options_and_one_that_stops_early_is_the_last(tmp_pa
         "[--pretrained-checkpoint][a b/32k][--load][a b/128k][--save][a b/128k]"
     )
 
+    # A run at its last step whose export is not there (it was killed on the way) is not over.
+    (tmp_path / "a b" / "128k" / "iter_0000015" / "config.yaml").write_text("train_iters: 15\n")
+    result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout.splitlines()[1] == "stage 128k: a b/128k"
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").touch()
+    result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout.splitlines() == [f"stage {name}: is over (a b/{name})" for name in ("32k", "128k")]
+
 
 def test_a_signal_ends_the_stage_that_runs_and_the_script(tmp_path):
     env = stand_in_python(tmp_path, "trap 'echo ended; exit 3' TERM\necho begun\nwhile true; do sleep 0.05; done")

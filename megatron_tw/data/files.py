@@ -10,6 +10,7 @@ import os
 import shutil
 import struct
 import tokenize
+import uuid
 import warnings
 import zipfile
 import zlib
@@ -219,7 +220,7 @@ def new_folder(output: Path) -> Iterator[Path]:
         ValueError: `output` is a file or a folder that holds something.
     """
     check_new_folder(output)
-    temporary = output.absolute().parent / f".{output.name}.{os.getpid()}.partial"
+    temporary = output.absolute().parent / f".{output.name}.{uuid.uuid4().hex[:8]}.partial"
     with _making(output):
         temporary.mkdir()
     try:

@@ -26,6 +26,7 @@ from megatron_tw.model.families.table import expected_tensors
 from megatron_tw.model.forward import ShortWindowForward
 from megatron_tw.model.gpt import TokenWeightedGPT
 from megatron_tw.model.huggingface import SafetensorsFolder
+from megatron_tw.parallel.agree import raise_together
 from megatron_tw.parallel.contact import now_at
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.runtime.lock import hold_folder
@@ -141,9 +142,14 @@ def _score_parts(
 def _missing_parts(parts: ScoreParts, layout: Layout) -> list[int]:
     """What is left to do, as rank 0 sees it: on network storage others might see less, and all must agree."""
     answer: list[list[int] | None] = [None]
+    error: OSError | ValueError | None = None
     if layout.rank == 0:
-        parts.begin()
-        answer = [parts.missing()]
+        try:
+            parts.begin()
+            answer = [parts.missing()]
+        except (OSError, ValueError) as failed:
+            error = failed
+    raise_together(error)
     dist.broadcast_object_list(answer, src=0)  # over the world
     assert answer[0] is not None
     return answer[0]

@@ -230,6 +230,8 @@ class FolderLock:
     def _beat(self) -> None:
         while not self._released.wait(self._beat_seconds):
             try:
+                if not self.path.parent.exists():  # storage that is not there, such as a path that is mounted again
+                    continue
                 if lost := self._lost():
                     self._on_lost(lost)
                     return

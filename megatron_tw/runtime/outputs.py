@@ -15,7 +15,7 @@ from megatron_tw.model.architecture import Architecture
 from megatron_tw.model.build import export_workplace
 from megatron_tw.model.families.table import expected_tensors
 from megatron_tw.parallel.agree import raise_together
-from megatron_tw.runtime.lock import LOCK_FILE, FolderLock, hold_folder
+from megatron_tw.runtime.lock import FolderLock, hold_folder
 from megatron_tw.runtime.run_folder import check_space, remove_partial_checkpoints
 
 OPTIMIZER_BYTES = 12
@@ -59,9 +59,8 @@ def hold_export(save_hf: str | None, architecture: Architecture, dtype: torch.dt
         with hold_folder(workplace, what) as lock:
             error = None
             if lock is not None:
-                for left in workplace.iterdir():  # by exports that were killed
-                    if left.name != LOCK_FILE:
-                        shutil.rmtree(left, ignore_errors=True)
+                for left in workplace.glob("[0-9a-f]" * 8):  # by exports that were killed
+                    shutil.rmtree(left, ignore_errors=True)
                 error = _missing_space(workplace, what, parameters(architecture) * dtype.itemsize, "the model")
             raise_together(error)
             yield lock
@@ -76,9 +75,9 @@ def parameters(architecture: Architecture) -> int:
     return sum(prod(shape) for shape in expected_tensors(architecture).values())
 
 
-def _missing_space(folder: Path, what: str, size: int, content: str) -> ValueError | None:
+def _missing_space(folder: Path, what: str, size: int, content: str) -> ValueError | OSError | None:
     try:
         check_space(folder, what, size, content)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         return error
     return None

@@ -31,6 +31,8 @@ class ModelSource:
     saved: SavedCheckpoint | None
     load_hf: str | None
     pretrained: SavedCheckpoint | None = None
+    start_context: int | None = None
+    """Tokens of the context that --load-hf names, None without it."""
 
     @property
     def checkpoint(self) -> SavedCheckpoint | None:
@@ -48,7 +50,7 @@ class ModelSource:
         if self.pretrained is not None:
             return self.pretrained.state.seq_length
         saved = self.saved.state.old_context if self.saved is not None else None
-        return saved or self.architecture.max_position_embeddings
+        return saved or self.start_context or self.architecture.max_position_embeddings
 
     @property
     def tokenizer_dir(self) -> Path | None:
@@ -104,6 +106,7 @@ def open_source(
         checkpoint = open_checkpoint(pretrained, verify=verify, option=option)
         if checkpoint is None:
             raise ValueError(f"{option} {pretrained}: expected the folder of a run, found no checkpoint in it")
+    start_context = None
     if load_hf is not None:
         if checkpoint is None and verify:
             check_export(load_hf, "--load-hf")
@@ -111,6 +114,7 @@ def open_source(
             architecture = read_architecture(load_hf)
         except ValueError as error:
             raise ValueError(f"--load-hf: {error}") from error
+        start_context = architecture.max_position_embeddings
         if checkpoint is not None:
             check_same_model(checkpoint, architecture, option)
             architecture = checkpoint.architecture
@@ -122,7 +126,8 @@ def open_source(
         raise ValueError(
             "--load-hf: expected a Hugging Face folder to start from (or --load with a checkpoint), got none"
         )
-    return ModelSource(architecture.with_rope(model, seq_length), saved, load_hf, checkpoint if saved is None else None)
+    pretrained_from = checkpoint if saved is None else None
+    return ModelSource(architecture.with_rope(model, seq_length), saved, load_hf, pretrained_from, start_context)
 
 
 def row_bos_id(option: int | None, rows: TokenRows, architecture: Architecture) -> int | None:

@@ -124,7 +124,7 @@ def outdated(inputs: Inputs, config: RunConfig) -> bool:
                 check_export_target(Path(checkpoint.save_hf))
             now = find_checkpoint(checkpoint.load) if checkpoint.load is not None else None
             answer = [(now and now.directory) != (saved and saved.directory)]
-        except ValueError:
+        except (OSError, ValueError):  # what is wrong is said by `open_inputs`, on every rank
             answer = [True]
     dist.broadcast_object_list(answer, src=0)
     return answer[0]

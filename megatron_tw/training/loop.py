@@ -1,10 +1,12 @@
 """A training run from its options to its last checkpoint."""
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_tw.config import RunConfig, differences
 from megatron_tw.data.loader import Loader, RowOrder
@@ -62,7 +64,7 @@ class Run:
     """A training run that is set up: model, optimizer, data and how far it has come.
 
     lock, export_lock: rank 0's, of --save and --save-hf; None on the others, and where nobody else can write there.
-    interrupted: whether Ctrl-C ended it.
+    interrupted: whether Ctrl-C ended it. kept: the checkpoint that holds the weights as they are now, if there is one.
     """
 
     config: RunConfig
@@ -76,6 +78,7 @@ class Run:
     lock: FolderLock | None = None
     export_lock: FolderLock | None = None
     interrupted: bool = False
+    kept: Path | None = None
 
     @staticmethod
     def start(config: RunConfig, inputs: Inputs, layout: Layout, device: Device) -> "Run":
@@ -139,6 +142,7 @@ class Run:
             loader=loader,
             validation=Validation.create(config, settings, inputs.valid_rows, layout=layout, device=device),
             iteration=iteration,
+            kept=source.saved.directory if source.saved is not None else None,
         )
 
     def train(self) -> None:
@@ -151,6 +155,7 @@ class Run:
                     now_at(f"step {self.iteration + 1}")
                     metrics = self.step(next(self.loader), self.iteration)
                     self.iteration += 1
+                    self.kept = None
                     if self.validation is not None and (
                         self.iteration % self.validation.interval == 0 or self.iteration == last
                     ):
@@ -163,9 +168,9 @@ class Run:
                     due = interval is not None and self.iteration % interval == 0
                     if config.checkpoint.save is not None and (due or reason or self.iteration == last):
                         now_at(f"the checkpoint of step {self.iteration}")
-                        directory = self._save()
+                        self.kept = self._save()
                         if log is not None:
-                            log.say(f"checkpoint: {directory}")
+                            log.say(f"checkpoint: {self.kept}")
                     if reason:
                         self.interrupted = reason == CTRL_C
                         if log is not None:
@@ -289,13 +294,29 @@ class Run:
                 seal=seal,
             )
         except (OSError, ValueError) as error:  # the same on every rank
-            save = self.config.checkpoint.save
-            if save is None:
-                save = f"{save_hf_dir}.checkpoint"
-                save_checkpoint(save, self.chunks, self._state(), self.layout, tokenizer_dir=self.inputs.tokenizer_dir)
+            kept = self.kept or self._keep(Path(f"{save_hf_dir}.checkpoint"))
             raise OSError(
                 f"--save-hf {save_hf_dir}: could not be written: {error}; the weights are kept, export them with: "
-                f"python tools/convert_checkpoint.py --load {save} --save-hf {save_hf_dir}"
+                f"python tools/convert_checkpoint.py --load {kept} --save-hf {save_hf_dir}"
             ) from error
         if self.layout.reports:
             print(f"exported: {save_hf_dir}", flush=True)
+
+    def _keep(self, folder: Path) -> Path:
+        """A checkpoint of the weights in `folder`; where that cannot be written either (a disk that is full), in the
+        current directory, or in the one for temporary files.
+
+        Raises:
+            OSError: in none of them.
+        """
+        places = [[folder.absolute(), Path.cwd() / folder.name, Path(tempfile.gettempdir()) / folder.name]]
+        dist.broadcast_object_list(places, src=0)
+        failed: OSError | None = None
+        for place in places[0]:
+            try:
+                save_checkpoint(place, self.chunks, self._state(), self.layout, tokenizer_dir=self.inputs.tokenizer_dir)
+                return place
+            except OSError as error:  # the same on every rank
+                failed = error
+        assert failed is not None
+        raise failed

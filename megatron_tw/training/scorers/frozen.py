@@ -71,10 +71,11 @@ class CachedFrozenScorer(Scorer):
         saved = inputs.source.saved
         if saved is not None and saved.state.scores not in (None, scores.header.fingerprint):
             raise ValueError(f"--scores {scores.path}: other scores than those that the run of --load was trained with")
-        rank, ranks, error = dist.get_rank(), dist.get_world_size(), None
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        error: OSError | ValueError | None = None
         try:
             scores.check(range(len(scores) * rank // ranks, len(scores) * (rank + 1) // ranks))
-        except ValueError as damaged:
+        except (OSError, ValueError) as damaged:
             error = damaged
         raise_together(error)
 
