@@ -219,7 +219,7 @@ def test_gradients_that_are_not_finite_end_the_run_before_it_is_saved(ranks, ref
 
 @pytest.mark.parametrize(("kept", "named", "expected"), [(32, 64, 32), (None, 64, 64), (None, None, 256)])
 def test_whose_the_old_context_is(kept, named, expected):
-    """Of a run that did not keep it: that of the folder named by --load-hf, else the checkpoint's, which is the new one."""
+    """Of a run that did not keep it: what --load-hf names, else the checkpoint, which names the new one."""
     saved: Any = SimpleNamespace(state=SimpleNamespace(old_context=kept))
     assert ModelSource(read_architecture(TINY_LLAMA), saved, None, None, named).old_context == expected
 
