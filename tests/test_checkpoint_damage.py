@@ -152,6 +152,21 @@ def test_a_run_whose_tracker_is_lost_is_not_started_afresh(run, world, ranks):
     assert (run / TRACKER).read_text() == "4\n"
 
 
+@pytest.mark.parametrize("killed", ["before the checkpoint has its name", "before the tracker has"])
+def test_a_run_that_died_in_its_first_save_goes_on(killed, world, ranks, tmp_path):
+    run = tmp_path / "run"
+    again = arguments(world, "--save", str(run), "--load", str(run), "--train-iters", "2")
+    assert ranks(1).run(run_tool, "train", [*again, "--exit-interval", "1"])[0] == (0, "")
+    (run / TRACKER).rename(run / f"{TRACKER}.partial")
+    if killed == "before the checkpoint has its name":
+        (run / "iter_0000001").rename(run / "iter_0000001.1a2b3c4d.partial")
+    assert ranks(1).run(run_tool, "train", again)[0] == (0, "")
+    assert [json.loads(line)["iteration"] for line in (run / "metrics.jsonl").open()] == [1, 2]
+    assert (run / "metrics.jsonl.1").exists() == (killed == "before the checkpoint has its name")
+    assert (run / TRACKER).read_text() == "2\n"
+    assert not list(run.glob("*.partial"))
+
+
 @pytest.mark.parametrize("load", [True, False])
 def test_a_run_that_died_before_its_first_checkpoint_is_begun_again(load, world, ranks, tmp_path):
     run = tmp_path / "run"

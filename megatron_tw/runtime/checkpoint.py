@@ -52,6 +52,7 @@ from megatron_tw.runtime.run_folder import (
     SavedCheckpoint,
     checkpoint_dir,
     complete_checkpoints,
+    unfinished,
 )
 
 CONFIG_FILE = "config.yaml"
@@ -148,10 +149,10 @@ def save_checkpoint(
                 _sync_folder(partial)
                 if lock is not None:
                     lock.check()
-                if directory.exists():  # of a run that was taken back to an earlier checkpoint
-                    shutil.rmtree(directory)
-                partial.rename(directory)
-                replace_text(Path(save) / TRACKER, f"{state.iteration}\n")
+                with text_in_place_of(Path(save) / TRACKER, f"{state.iteration}\n"):
+                    if directory.exists():  # of a run that was taken back to an earlier checkpoint
+                        shutil.rmtree(directory)
+                    partial.rename(directory)
                 _sync_folder(Path(save))
     return directory
 
@@ -191,14 +192,16 @@ def load_checkpoint(
         scorer.load_state(state)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old content or the new one, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
+@contextmanager
+def text_in_place_of(path: Path, text: str) -> Iterator[None]:
+    """A small file's new content, which is on disk beside it (`unfinished`) when the block begins and takes its place
+    when that is done: a reader sees the old content or the new one, never a part."""
+    with unfinished(path).open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
+    yield
+    unfinished(path).replace(path)
 
 
 @contextmanager

@@ -78,6 +78,8 @@ def find_checkpoint(folder: str | Path, option: str = "--load") -> SavedCheckpoi
         return _read_checkpoint(folder)
     tracker, complete = folder / TRACKER, complete_checkpoints(folder)
     if not tracker.is_file():
+        if (first := _killed_before_the_tracker(folder)) is not None:
+            return _read_checkpoint(first)
         if complete:
             raise ValueError(
                 f"{option} {folder}: {TRACKER} is missing, but there are checkpoints; take the newest with "
@@ -89,6 +91,19 @@ def find_checkpoint(folder: str | Path, option: str = "--load") -> SavedCheckpoi
         newest = f"; take the newest checkpoint with {option} {complete[-1]}" if complete else ""
         raise ValueError(f"{tracker}: expected an iteration number, got {text!r}{newest}")
     return _read_checkpoint(checkpoint_dir(folder, int(text)))
+
+
+def unfinished(path: Path) -> Path:
+    """Where the next content of a small file lies until it takes its place."""
+    return path.with_name(path.name + ".partial")
+
+
+def _killed_before_the_tracker(folder: Path) -> Path | None:
+    """The first checkpoint of a run that was killed when that had its name, and the tracker had not yet."""
+    tracker = unfinished(folder / TRACKER)
+    text = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
+    first = checkpoint_dir(folder, int(text)) if text.isdigit() else None
+    return first if first is not None and complete_checkpoints(folder) == [first] else None
 
 
 def checkpoint_dir(folder: str | Path, iteration: int) -> Path:
