@@ -30,7 +30,14 @@ def tool(name: str, argv: list[str], log: Path):
     """A tool in a process group of its own, as in a terminal's foreground, its output in a file."""
     command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *argv]
     with log.open("wb") as output:
-        process = subprocess.Popen(command, env=environment(), stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            env=environment(),
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a shell's background
+        )
     try:
         yield process
     finally:

@@ -218,7 +218,8 @@ def _worker_tokenizer(path: Path) -> Tokenizer:
 @contextmanager
 def _without_ctrl_c() -> Iterator[None]:
     """Ctrl-C waits until the end; a process that is started inside keeps it waiting until `_end_at_ctrl_c`."""
-    if threading.current_thread() is not threading.main_thread():  # only that one is told of signals
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as in a shell's background
+    if ignored or threading.current_thread() is not threading.main_thread():  # only that one is told of signals
         yield
         return
     waiting: list[int] = []
@@ -235,8 +236,9 @@ def _without_ctrl_c() -> Iterator[None]:
 
 
 def _end_at_ctrl_c() -> None:
-    """In a worker: at once and without a word. The parent speaks."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """In a worker: at once and without a word, unless the parent ignores it. The parent speaks."""
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 

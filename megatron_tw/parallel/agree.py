@@ -7,14 +7,18 @@ def raise_together(error: OSError | ValueError | None) -> None:
     """Raise the error of the first rank that has one on every rank. Collective over the world.
 
     Raises:
-        OSError, ValueError: as on that rank, with its text.
+        OSError, ValueError: as on that rank, with its text; an error of the system with its number and file.
     """
-    mine = None if error is None else (isinstance(error, OSError), str(error))
-    everywhere: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
+    mine: tuple[bool, tuple[int | str | None, ...]] | None = None
+    if isinstance(error, OSError) and error.errno is not None:
+        mine = True, (error.errno, error.strerror, None if error.filename is None else str(error.filename))
+    elif error is not None:
+        mine = isinstance(error, OSError), (str(error),)
+    everywhere = [mine] * dist.get_world_size()
     dist.all_gather_object(everywhere, mine)
     for found in everywhere:
         if found is not None:
-            of_system, text = found
+            of_system, arguments = found
             if of_system:
-                raise OSError(text) from error
-            raise ValueError(text) from error
+                raise OSError(*arguments) from error
+            raise ValueError(*arguments) from error
