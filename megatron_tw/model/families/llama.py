@@ -24,6 +24,16 @@ QKV = Parameter(
         "model.layers.*.self_attn.v_proj.weight": ("keys", "hidden"),
     },
 )
+QKV_BIAS = Parameter(
+    ("decoder.layers.*.self_attention.linear_qkv.bias",),
+    "qkv",
+    {
+        "model.layers.*.self_attn.q_proj.bias": ("queries",),
+        "model.layers.*.self_attn.k_proj.bias": ("keys",),
+        "model.layers.*.self_attn.v_proj.bias": ("keys",),
+    },
+)
+"""Of the families that have one; a Llama has none."""
 TENSORS = (
     EMBEDDING,
     Parameter(

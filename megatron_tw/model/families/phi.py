@@ -11,7 +11,7 @@ from torch.nn.functional import gelu
 
 from megatron_tw.model.families.base import QUANTIZED, Family, Fixed, keys_of
 from megatron_tw.model.families.layers import decoder_layer, norm_of
-from megatron_tw.model.families.llama import EMBEDDING, HEAD, QKV
+from megatron_tw.model.families.llama import EMBEDDING, HEAD, QKV, QKV_BIAS
 from megatron_tw.model.families.table import Parameter
 from megatron_tw.model.sequence import SequenceShard
 
@@ -74,15 +74,7 @@ PHI = Family(
             ("decoder.layers.*.input_layernorm.bias",), "whole", {"model.layers.*.input_layernorm.bias": ("hidden",)}
         ),
         QKV,
-        Parameter(
-            ("decoder.layers.*.self_attention.linear_qkv.bias",),
-            "qkv",
-            {
-                "model.layers.*.self_attn.q_proj.bias": ("queries",),
-                "model.layers.*.self_attn.k_proj.bias": ("keys",),
-                "model.layers.*.self_attn.v_proj.bias": ("keys",),
-            },
-        ),
+        QKV_BIAS,
         Parameter(
             ("decoder.layers.*.self_attention.linear_proj.weight",),
             "columns",

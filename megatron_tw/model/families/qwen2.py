@@ -5,8 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_tw.model.families.base import QUANTIZED, Fixed, json_value, keys_of
-from megatron_tw.model.families.llama import LLAMA, MEGATRON, TENSORS
-from megatron_tw.model.families.table import Parameter
+from megatron_tw.model.families.llama import LLAMA, MEGATRON, QKV_BIAS, TENSORS
 
 
 def sliding_window(raw: Mapping[str, Any], source: str) -> int | None:
@@ -38,15 +37,7 @@ QWEN2 = replace(
     fixed={"hidden_act": Fixed("silu"), **QUANTIZED},
     tensors=(
         *TENSORS,
-        Parameter(
-            ("decoder.layers.*.self_attention.linear_qkv.bias",),
-            "qkv",
-            {
-                "model.layers.*.self_attn.q_proj.bias": ("queries",),
-                "model.layers.*.self_attn.k_proj.bias": ("keys",),
-                "model.layers.*.self_attn.v_proj.bias": ("keys",),
-            },
-        ),
+        QKV_BIAS,
     ),
     megatron={**MEGATRON, "add_qkv_bias": True},
     attention_span=sliding_window,
