@@ -22,15 +22,13 @@ def bar_options() -> dict[str, Any]:
 
 
 class Progress:
-    """Work of `total` units (None: nobody knows). A context manager.
+    """Work of `total` units. A context manager.
 
     what: the work, as "scoring". unit: of what it is counted in. show: whether this process is the one that shows it.
     keep: whether the bar stays on the terminal when the work is done. scale: large counts with a prefix (12.3M).
     """
 
-    def __init__(
-        self, what: str, total: int | None, unit: str, *, show: bool, keep: bool = True, scale: bool = False
-    ) -> None:
+    def __init__(self, what: str, total: int, unit: str, *, show: bool, keep: bool = True, scale: bool = False) -> None:
         options = bar_options() if show else {"disable": True}
         self._bar = tqdm(desc=what, total=total, unit=unit, leave=keep, unit_scale=scale, **options)
         self._lines = show and self._bar.disable and keep
@@ -59,12 +57,11 @@ class Progress:
 
     def _say(self) -> None:
         done, total = (
-            "?" if count is None else tqdm.format_sizeof(count) if self._scale else f"{count:,}"
-            for count in (self._done, self._total)
+            tqdm.format_sizeof(count) if self._scale else f"{count:,}" for count in (self._done, self._total)
         )
         seconds = time.monotonic() - self._started
         left = ""
-        if self._total and 0 < self._done < self._total:
+        if 0 < self._done < self._total:
             left = f", about {tqdm.format_interval(seconds * (self._total - self._done) / self._done)} left"
         print(
             f"{self._what}: {done} of {total} {self._unit} in {tqdm.format_interval(seconds)}{left}",
