@@ -72,12 +72,17 @@ def test_ctrl_c_saves_and_ends_with_one_line_and_a_second_ends_at_once(rows, tmp
     assert "Traceback" not in log.read_text()
 
 
+def long_preprocessing(folder: Path) -> list[str]:
+    """Arguments of some seconds of work by two workers, made in `folder`."""
+    (folder / "long.txt").write_text("some words of a document that is long enough\n\n" * 400_000)
+    tokenizer = word_tokenizer(folder / "tokenizer", ["<s>", "some", "words", "of", "a", "document"], "<s>")
+    argv = ["--input", str(folder / "long.txt"), "--tokenizer", str(tokenizer), "--seq-length", "64"]
+    return [*argv, "--output", str(folder / "out"), "--workers", "2"]
+
+
 def test_ctrl_c_ends_preprocessing_and_its_workers(tmp_path):
-    (tmp_path / "long.txt").write_text("some words of a document that is long enough\n\n" * 400_000)
-    tokenizer = word_tokenizer(tmp_path / "tokenizer", ["<s>", "some", "words", "of", "a", "document"], "<s>")
-    argv = ["--input", str(tmp_path / "long.txt"), "--tokenizer", str(tokenizer), "--seq-length", "64"]
     log = tmp_path / "log"
-    with tool("preprocess_data", [*argv, "--output", str(tmp_path / "out"), "--workers", "2"], log) as process:
+    with tool("preprocess_data", long_preprocessing(tmp_path), log) as process:
         wait_for(lambda: len(psutil.Process(process.pid).children()) >= 2, log)  # a worker, and who counts its locks
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(60) == INTERRUPTED, log.read_text()
@@ -86,15 +91,12 @@ def test_ctrl_c_ends_preprocessing_and_its_workers(tmp_path):
 
 
 def test_a_worker_that_is_killed_is_told(tmp_path):
-    (tmp_path / "long.txt").write_text("some words of a document that is long enough\n\n" * 400_000)
-    tokenizer = word_tokenizer(tmp_path / "tokenizer", ["<s>", "some", "words", "of", "a", "document"], "<s>")
-    argv = ["--input", str(tmp_path / "long.txt"), "--tokenizer", str(tokenizer), "--seq-length", "64"]
     log = tmp_path / "log"
 
     def workers() -> list[psutil.Process]:
         return [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
 
-    with tool("preprocess_data", [*argv, "--output", str(tmp_path / "out"), "--workers", "2"], log) as process:
+    with tool("preprocess_data", long_preprocessing(tmp_path), log) as process:
         wait_for(workers, log)
         workers()[0].kill()
         assert process.wait(60) == 2, log.read_text()
