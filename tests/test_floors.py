@@ -25,6 +25,7 @@ FLOORS = {
     "evaluation": 5,
     "training": 6,
     "integrations": 7,
+    "planning": 7,
 }
 OPTIONAL = {"transformer_engine", "apex", "wandb", "lm_eval", "datasets", "triton"}
 INDEXED_DATASET = "megatron.core.datasets.indexed_dataset"

@@ -1,0 +1,1 @@
+"""A run before its GPUs are booked: the real training step simulated, and layouts searched."""
