@@ -106,7 +106,7 @@ def make_layout(config: ParallelConfig, *, num_model_chunks: int | None = None, 
         context_parallel_size=config.context_parallel_size,
         hierarchical_context_parallel_sizes=list(hierarchical) if hierarchical else None,
         distributed_timeout_minutes=config.distributed_timeout_minutes,
-        create_gloo_process_groups=dist.get_backend() != "gloo",  # for what is gathered on the host: checkpoints
+        create_gloo_process_groups=dist.get_backend() == "nccl",  # for what is gathered on the host: checkpoints
     )
     # Tensor-parallel regions fork a random state of their own; nothing is dropped out in the models here, but they
     # ask for it.

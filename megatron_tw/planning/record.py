@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "other")
-"""What memory is for: weights (and their bf16 copies), gradient buffers, main weights and moments, what the forward pass
-leaves for the backward pass (and works with), the rest."""
+"""What memory is for: weights (and their bf16 copies), gradient buffers, main weights and moments, what the forward
+pass leaves for the backward pass (and works with), the rest."""
 PHASES = ("build", "scoring", "forward", "backward", "optimizer")
 """Build is all before the first step."""
 
@@ -17,7 +17,8 @@ PHASES = ("build", "scoring", "forward", "backward", "optimizer")
 class Collective:
     """Collectives of one kind in one phase of a step.
 
-    group: "TP", "CP", "DP", "DP x CP", "PP", "window" (a sub-group of CP that shares a scoring window) or "world".
+    group: "TP", "CP", "DP", "DP x CP", "PP", "window" (a sub-group of CP that shares a scoring window), "TP x PP",
+    "embedding" (first and last stage, where they share one), "world" or "other".
     operation: all_reduce, all_gather, reduce_scatter, broadcast, send, recv, all_to_all. count: calls.
     payload_bytes: of the whole tensor (the gathered or the not yet scattered one), summed over calls.
     group_size: ranks. overlapped: whether it was started without being waited for at once.
@@ -52,7 +53,8 @@ class Simulation:
     peak: the moment at which most bytes were in use; peak_by_phase: likewise of each phase; timeline: moments in order,
     thinned out such that no peak of a phase is lost. flops: phase -> kind ("gemm", "attention") -> FLOPs of this rank,
     causal attention counted half. collectives: by phase, group and operation. saved_by_layer: bytes that one layer
-    leaves for its backward pass, tensor by tensor: name -> bytes. seconds: that the simulation took.
+    leaves for its backward pass, tensor by tensor: name -> bytes. seconds: that the simulation took. extrapolated: of what
+    less was run than the step has, and how much, in words; empty where everything was run.
     """
 
     rank: int
@@ -65,6 +67,7 @@ class Simulation:
     collectives: list[Collective]
     saved_by_layer: dict[str, int]
     seconds: float
+    extrapolated: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries and lists."""

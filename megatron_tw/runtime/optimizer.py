@@ -64,7 +64,7 @@ def make_optimizer(model: Sequence[DistributedDataParallel], config: RunConfig) 
             overlap_param_gather=config.data_parallel.overlap_param_gather,
         ),
         list(model),
-        use_gloo_process_groups=dist.get_backend() != "gloo",
+        use_gloo_process_groups=dist.get_backend() == "nccl",
     )
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         part.data_parallel_group_gloo = part.data_parallel_group_gloo or part.data_parallel_group

@@ -105,37 +105,47 @@ class LiveFrozenScorer(Scorer):
     def check_folder(folder: str, inputs: ScorerInputs) -> None:
         """From the headers of its files: a model, with the vocabulary of the rows and of the model in training, that
         the layout admits."""
-        expected = inputs.source.architecture.vocab_size
         if inputs.config.checkpoint.verify_checkpoint:
             check_export(folder, "--scorer-hf")
         try:
             scorer = read_architecture(folder)
-            if scorer.vocab_size != expected:
-                raise ValueError(f"a scorer with a vocabulary of {scorer.vocab_size}; the model's has {expected}")
+            LiveFrozenScorer.check_architecture(scorer, inputs)
             check_scorer_vocabulary(inputs.rows, folder, scorer.vocab_size)
-            check_model_shape(
-                unpipelined(inputs.config.parallel),
-                num_layers=scorer.num_layers,
-                num_attention_heads=scorer.num_attention_heads,
-                num_query_groups=scorer.num_query_groups,
-                ffn_hidden_size=scorer.ffn_hidden_size,
-            )
-            scorer.check_length(inputs.windows.tokens, "--short-window")
             SafetensorsFolder(folder, scorer)
         except ValueError as error:
             raise ValueError(f"--scorer-hf {folder}: {error}") from error
 
     @staticmethod
+    def check_architecture(scorer: Architecture, inputs: ScorerInputs) -> None:
+        """Raises ValueError where a model of this shape cannot score the run's rows under its layout."""
+        expected = inputs.source.architecture.vocab_size
+        if scorer.vocab_size != expected:
+            raise ValueError(f"a scorer with a vocabulary of {scorer.vocab_size}; the model's has {expected}")
+        check_model_shape(
+            unpipelined(inputs.config.parallel),
+            num_layers=scorer.num_layers,
+            num_attention_heads=scorer.num_attention_heads,
+            num_query_groups=scorer.num_query_groups,
+            ffn_hidden_size=scorer.ffn_hidden_size,
+        )
+        scorer.check_length(inputs.windows.tokens, "--short-window")
+
+    @staticmethod
     def load(folder: str, inputs: ScorerInputs, trained: TrainedModel) -> "LiveFrozenScorer":
         """Load the model. Collective over the world."""
+        architecture = read_architecture(folder)
+        scorer = LiveFrozenScorer.build(architecture, inputs, trained)
+        load_hf(scorer.model or [], folder, architecture, trained.layout)
+        return scorer
+
+    @staticmethod
+    def build(architecture: Architecture, inputs: ScorerInputs, trained: TrainedModel) -> "LiveFrozenScorer":
+        """The scorer, with a model that is not yet filled. Collective over the world."""
         windows = short_window_forward(inputs, trained, include_first=True, pipelined=False)
         layout, config = trained.layout, inputs.config
-        architecture = read_architecture(folder)
         if not layout.is_last_stage:
-            load_hf([], folder, architecture, layout)
             return LiveFrozenScorer(windows, None)
         model = build_unpipelined(architecture, unpipelined(config.parallel), config.compute, layout, trained.device)
-        load_hf(model, folder, architecture, layout)
         for parameter in model[0].parameters():
             parameter.requires_grad_(False)
         return LiveFrozenScorer(windows, model)
