@@ -53,8 +53,8 @@ class Simulation:
     peak: the moment at which most bytes were in use; peak_by_phase: likewise of each phase; timeline: moments in order,
     thinned out such that no peak of a phase is lost. flops: phase -> kind ("gemm", "attention") -> FLOPs of this rank,
     causal attention counted half. collectives: by phase, group and operation. saved_by_layer: bytes that one layer
-    leaves for its backward pass, tensor by tensor: name -> bytes. seconds: that the simulation took. extrapolated: of what
-    less was run than the step has, and how much, in words; empty where everything was run.
+    leaves for its backward pass, tensor by tensor: name -> bytes. seconds: that the simulation took. extrapolated: in
+    words, of what less was run than the step has, and how much; empty where everything was run.
     """
 
     rank: int
