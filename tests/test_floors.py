@@ -1,8 +1,8 @@
 """Import floors: a file imports its own folder and lower floors, never up or sideways. Read from the sources, nothing
 is imported.
 
-Also: only tools/ and examples/ read sys.argv, optional dependencies are imported inside functions only, and below the
-floor of `parallel` nothing knows Megatron except for the indexed dataset format.
+Also: only tools/ and examples/ read sys.argv, optional dependencies are imported inside functions only, and in
+`objective` and below the floor of `parallel` nothing knows Megatron except for the indexed dataset format.
 """
 
 import ast
@@ -18,6 +18,7 @@ FLOORS = {
     "weighting": 1,
     "losses": 1,
     "data": 1,
+    "objective": 2,
     "parallel": 2,
     "model": 3,
     "runtime": 4,
@@ -70,8 +71,9 @@ def _broken_rules(parts: tuple[str, ...], tree: ast.Module) -> Iterator[tuple[in
 def _off_limits(name: str, own: str | None, floor: int) -> str | None:
     """Why a file of folder `own` may not import `name`; None if it may."""
     top, _, rest = name.partition(".")
-    if top == "megatron" and floor < FLOORS["parallel"] and not (own == "data" and name.startswith(INDEXED_DATASET)):
-        return "nothing below parallel knows Megatron"
+    below = floor < FLOORS["parallel"] or own == "objective"
+    if top == "megatron" and below and not (own == "data" and name.startswith(INDEXED_DATASET)):
+        return "nothing below parallel, nor objective, knows Megatron"
     other = rest.split(".")[0]
     if top == PACKAGE and other and other != own and not other.startswith("__"):
         return None if FLOORS.get(other, len(FLOORS)) < floor else "not a lower floor"
@@ -130,6 +132,8 @@ def test_this_project_keeps_its_floors() -> None:
         ("model/a.py", "class A:\n    import triton", ":2: optional triton is imported at the top"),
         ("../tools/a.py", "from datasets import load", "tools/a.py:1: optional datasets.load is imported at the top"),
         ("losses/a.py", "from megatron.core import tensor_parallel", "losses imports megatron.core.tensor_parallel"),
+        ("objective/a.py", "import megatron.core", "objective imports megatron.core: nothing below parallel, nor"),
+        ("objective/a.py", "from megatron_tw.parallel import layout", "imports megatron_tw.parallel.layout: not a"),
         ("weighting/a.py", f"from {INDEXED_DATASET} import IndexedDataset", "weighting imports megatron.core.datasets"),
     ],
 )

@@ -16,8 +16,8 @@ from megatron_tw.model.architecture import export_hf_config, parse_architecture,
 from megatron_tw.model.build import save_hf
 from megatron_tw.model.forward import ShortWindowForward, long_nll, long_sequences, run_schedule
 from megatron_tw.model.rotary import rotary_embedding
+from megatron_tw.objective.zigzag import unshard
 from megatron_tw.parallel.devices import prepare_device
-from megatron_tw.parallel.zigzag import unshard
 
 LAYOUTS = [
     Axes(),

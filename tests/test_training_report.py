@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_tw.training.report import StepReport
+from megatron_tw.objective.report import StepReport
 
 EDGES = (1, 32, 64, 96, 128, 200)
 N = 200

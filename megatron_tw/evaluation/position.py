@@ -11,7 +11,9 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-SMALLEST_EDGE = 32
+from megatron_tw.objective.positions import position_edges
+
+__all__ = ["PositionBucket", "beyond", "mean_nll", "nll_by_position", "position_edges"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,28 +31,6 @@ def mean_nll(nll_RT: npt.NDArray[np.floating], mask_RT: npt.NDArray[np.bool_]) -
     """Mean NLL of the targets in the mask, None if there are none."""
     targets = int(mask_RT.sum())
     return float(nll_RT.sum(where=mask_RT, dtype=np.float64)) / targets if targets else None
-
-
-def position_edges(
-    seq_length: int, *, old_context: int | None = None, smallest: int = SMALLEST_EDGE
-) -> tuple[int, ...]:
-    """Edges of the buckets: 1, the powers of two from `smallest` on, the old context n, and N.
-
-    Bucket i holds the positions edges[i] .. edges[i + 1] - 1.
-
-    >>> position_edges(256, old_context=96)
-    (1, 32, 64, 96, 128, 256)
-    """
-    assert seq_length > 1
-    edges = {1, seq_length}
-    power = 1
-    while power < seq_length:
-        if power >= smallest:
-            edges.add(power)
-        power *= 2
-    if old_context is not None and 1 < old_context < seq_length:
-        edges.add(old_context)
-    return tuple(sorted(edges))
 
 
 def nll_by_position(

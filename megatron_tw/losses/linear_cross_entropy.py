@@ -29,6 +29,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     tp_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
+    batch_first: bool = False,
     ignore_index: int = -100,
     vocab_size: int | None = None,
     z_loss: float = 0.0,
@@ -49,6 +50,8 @@ def linear_cross_entropy(
         labels: [seq, batch] int64 of the full local sequence, the same on all ranks of `tp_group`.
         bias: [vocab / tp], this rank's entries of the output bias; dtype of `weight`. None: no bias.
         tp_group: the ranks among which the vocabulary is split, in rank order; None: it is not split.
+        batch_first: hidden states are [batch, seq, hidden], labels and NLL [batch, seq]. Nothing is copied for it, but
+            for the hidden states of several rows under `sequence_parallel`.
         ignore_index: label of tokens with NLL 0 and no gradient.
         vocab_size: true size of the vocabulary; padding rows beyond it are left out of the softmax. None: no padding.
         z_loss: factor of log(sum(exp(logits)))^2, which is added to the NLL (PaLM, arXiv 2204.02311, section 5).
@@ -60,7 +63,7 @@ def linear_cross_entropy(
         tile_entries: vocabulary entries whose logits exist at a time, for chunk_tokens tokens; None: TILE_BYTES' worth.
 
     Returns:
-        [seq, batch] fp32 (fp64 for fp64 input), the same on all ranks of `tp_group`.
+        [seq, batch] fp32 (fp64 for fp64 input), as `labels`, the same on all ranks of `tp_group`.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, numbers out of range, or (on a CPU) a label out of range. On a GPU
@@ -68,7 +71,11 @@ def linear_cross_entropy(
     """
     shard = VocabShard.of_rank(len(weight), vocab_size, tp_group)
     num_shards = tp_group.size() if sequence_parallel and tp_group is not None else 1
-    _check_shapes(hidden, weight, bias, labels, num_shards)
+    # Tokens are worked on in the order in which they lie, so that without shards either of the two is as good.
+    _check_shapes(hidden, weight, bias, labels, num_shards, seq_dim=1 if batch_first else 0)
+    swap = batch_first and num_shards > 1
+    if swap:
+        hidden, labels = hidden.transpose(0, 1), labels.transpose(0, 1)
     check_labels(labels, shard.total, ignore_index)
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
@@ -105,19 +112,25 @@ def linear_cross_entropy(
     )
     with torch.autocast(device, enabled=False):  # every dtype is chosen above
         loss: Tensor = ChunkedHeadFunction.apply(hidden, weight, bias, labels, head)
-    return loss
+    return loss.transpose(0, 1) if swap else loss
 
 
-def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, num_shards: int) -> None:
+def _check_shapes(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, num_shards: int, *, seq_dim: int
+) -> None:
     if labels.dim() != 2:
-        raise ValueError(f"labels: expected [seq, batch], got shape {list(labels.shape)}")
-    seq, batch = labels.shape
-    if seq % num_shards != 0:
-        raise ValueError(f"labels: expected a sequence divisible by the tensor-parallel size {num_shards}, got {seq}")
-    expected = (seq // num_shards, batch, weight.shape[-1])
-    if weight.dim() != 2 or hidden.shape != expected:
         raise ValueError(
-            f"hidden: expected {list(expected)} for labels {list(labels.shape)}, weight {list(weight.shape)} and "
+            f"labels: expected {'[batch, seq]' if seq_dim else '[seq, batch]'}, got shape {list(labels.shape)}"
+        )
+    expected = [*labels.shape, weight.shape[-1]]
+    if expected[seq_dim] % num_shards != 0:
+        raise ValueError(
+            f"labels: expected a sequence divisible by the tensor-parallel size {num_shards}, got {expected[seq_dim]}"
+        )
+    expected[seq_dim] //= num_shards
+    if weight.dim() != 2 or list(hidden.shape) != expected:
+        raise ValueError(
+            f"hidden: expected {expected} for labels {list(labels.shape)}, weight {list(weight.shape)} and "
             f"{num_shards} sequence-parallel shards, got {list(hidden.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:

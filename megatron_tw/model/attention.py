@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from megatron_tw.model.sequence import SequenceShard
-from megatron_tw.parallel.zigzag import unshard, zigzag_shard
+from megatron_tw.objective.zigzag import unshard, zigzag_shard
 
 
 class ContextParallelAttention(MegatronModule):

@@ -18,12 +18,16 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from megatron_tw.model.sequence import SequenceShard
-from megatron_tw.parallel.layout import Layout, gather_over_context, split_context_group, sum_over_context
-from megatron_tw.parallel.zigzag import zigzag_positions, zigzag_shard
+from megatron_tw.objective.rows import RowLayout
+from megatron_tw.objective.short_windows import IGNORED, lay_out_windows
+from megatron_tw.objective.zigzag import zigzag_positions, zigzag_shard
+from megatron_tw.parallel.layout import Layout, split_context_group
 from megatron_tw.weighting import Window, plan_windows
 
-IGNORED = -100
-"""Label of a position that has no target, as in torch.nn.functional.cross_entropy."""
+
+def row_layout(layout: Layout) -> RowLayout:
+    """How the NLLs of `call_model` lie: [seq, batch], in zigzag over the context-parallel group."""
+    return RowLayout(batch_first=False, tp_group=layout.tp_group, cp_group=layout.cp_group)
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ def long_nll(
     nlls = forward_nll(model, batches, layout)
     if not nlls:
         return None
-    return torch.cat([gather_over_context(nll_MS, layout) for nll_MS in nlls])[:, :-1]
+    return torch.cat([row_layout(layout).gather(nll_MS) for nll_MS in nlls])[:, :-1]
 
 
 @dataclass(frozen=True)
@@ -215,56 +219,28 @@ class ShortWindowForward:
                 if self.layout.is_last_stage
                 else None
             )
-        ids_LN, labels_LN, row_L, start_L = self._lay_out(rows_RN)
+        laid_out = lay_out_windows(
+            rows_RN,
+            self.mine,
+            bos_id=self.bos_id,
+            length=self.padded_length,
+            # whole micro-batches, of the number that the pipeline demands
+            multiple=self.scoring_micro_batch * (self.layout.pp_size if self.layout.vpp_size and self.pipelined else 1),
+        )
         shard = SequenceShard.over(self.group, self.padded_length)
         batches = [
             shard_sequences(ids, labels, shard)
             for ids, labels in zip(
-                ids_LN.split(self.scoring_micro_batch), labels_LN.split(self.scoring_micro_batch), strict=True
+                laid_out.ids.split(self.scoring_micro_batch),
+                laid_out.labels.split(self.scoring_micro_batch),
+                strict=True,
             )
         ]
         nlls = forward_nll(model, batches, self.layout, pipelined=self.pipelined)
         if not nlls:
             return None
         local_positions = zigzag_positions(self.padded_length, rank=shard.rank, size=shard.size, device=rows_RN.device)
-        nll_LS = torch.cat(nlls)
-        scored_LS = torch.cat([batch.labels_MS for batch in batches]) != IGNORED
-        column_LS = (
-            start_L[:, None] + local_positions
-        )  # target t stands in column t - 1 and is predicted at position t - 1
-        short_RT = torch.zeros(len(rows_RN), self.seq_length - 1, device=rows_RN.device)
-        short_RT[row_L[:, None].expand_as(column_LS)[scored_LS], column_LS[scored_LS]] = nll_LS[scored_LS]
-        return sum_over_context(short_RT, self.layout)
-
-    def _lay_out(self, rows_RN: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """All windows of this rank as sequences: ids and labels [L, padded], row and start of each [L].
-
-        L is filled up, with sequences that score nothing, to whole micro-batches of the number that the pipeline
-        demands, and to what the busiest rank has when nothing is left to do here.
-        """
-        device = rows_RN.device
-        begins_with_bos = [first == self.bos_id for first in rows_RN[:, 0].tolist()]
-        ids, labels, row_of, start_of = [], [], [], []
-        for row in range(len(rows_RN)):
-            for window in self.mine:
-                x_n = rows_RN[row, window.start : window.start + window.length].clone()
-                y_n = torch.full_like(x_n, IGNORED)
-                first, last = window.first_target - 1 - window.start, window.last_target - 1 - window.start
-                y_n[first : last + 1] = x_n[first + 1 : last + 2]
-                if begins_with_bos[row] and self.bos_id is not None:
-                    x_n[0] = self.bos_id
-                ids.append(torch.nn.functional.pad(x_n, (0, self.padded_length - window.length)))
-                labels.append(torch.nn.functional.pad(y_n, (0, self.padded_length - window.length), value=IGNORED))
-                row_of.append(row)
-                start_of.append(window.start)
-        multiple = self.scoring_micro_batch * (self.layout.pp_size if self.layout.vpp_size and self.pipelined else 1)
-        for _ in range(-len(ids) % multiple or (multiple if not ids else 0)):
-            ids.append(torch.zeros(self.padded_length, dtype=torch.int64, device=device))
-            labels.append(torch.full((self.padded_length,), IGNORED, dtype=torch.int64, device=device))
-            row_of.append(0)
-            start_of.append(0)
-        row_L, start_L = (torch.tensor(x, dtype=torch.int64, device=device) for x in (row_of, start_of))
-        return torch.stack(ids), torch.stack(labels), row_L, start_L
+        return row_layout(self.layout).sum_(laid_out.put_back(torch.cat(nlls), local_positions))
 
 
 def num_window_groups(num_windows: int, cp_size: int) -> int:

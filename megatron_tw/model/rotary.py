@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_tw.config import ModelConfig
 from megatron_tw.model.families import Family, json_value
 from megatron_tw.model.sequence import SequenceShard
-from megatron_tw.parallel.zigzag import zigzag_positions
+from megatron_tw.objective.zigzag import zigzag_positions
 
 if TYPE_CHECKING:
     from megatron_tw.model.architecture import Architecture

@@ -1,1 +1,1 @@
-"""Where groups are made, the device is picked, and zigzag slices are known; no other folder does any of the three."""
+"""Where groups are made and the device is picked; no other folder does either."""

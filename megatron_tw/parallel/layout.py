@@ -4,14 +4,11 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_tw.config import ParallelConfig
 from megatron_tw.parallel.devices import Device
 from megatron_tw.parallel.launcher import end_with_launcher
-from megatron_tw.parallel.zigzag import unshard
 
 
 @dataclass(frozen=True)
@@ -180,36 +177,3 @@ def split_context_group(layout: Layout, num_groups: int) -> tuple[dist.ProcessGr
                 mine = group
             _window_groups.append(group)
     return mine, index
-
-
-def gather_over_context(local_BS: Tensor, layout: Layout) -> Tensor:
-    """Whole rows [rows, S] from this rank's zigzag slices [rows, S / C]: per-token scalars only, over the
-    context-parallel group.
-
-    Every context-parallel rank needs them, because weights are made from whole rows.
-    """
-    if layout.cp_size == 1:
-        return local_BS
-    shards = [torch.empty_like(local_BS) for _ in range(layout.cp_size)]
-    dist.all_gather(shards, local_BS.contiguous(), group=layout.cp_group)
-    return unshard(shards, 1)
-
-
-def sum_over_context(rows_BS: Tensor, layout: Layout) -> Tensor:
-    """Sum in place over the context-parallel group: rows in which every rank filled in the targets that it scored,
-    zeros elsewhere.
-
-    One row at a time, so that the largest message is one row's NLLs (4 bytes a target).
-    """
-    if layout.cp_size > 1:
-        for row_S in rows_BS:
-            dist.all_reduce(row_S, group=layout.cp_group)
-    return rows_BS
-
-
-def same_on_tensor_ranks(x: Tensor, layout: Layout) -> Tensor:
-    """Tensor-parallel rank 0's `x` on all tensor-parallel ranks, in place: a choice made from it is then the same
-    everywhere."""
-    if layout.tp_size > 1:
-        dist.broadcast(x, dist.get_process_group_ranks(layout.tp_group)[0], group=layout.tp_group)
-    return x

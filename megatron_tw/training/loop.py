@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_tw.config import RunConfig, differences
 from megatron_tw.data.loader import Loader, RowOrder
 from megatron_tw.model.build import build_model, save_hf
+from megatron_tw.objective.report import StepReport
 from megatron_tw.parallel.contact import now_at
 from megatron_tw.parallel.devices import Device, peak_memory_bytes
 from megatron_tw.parallel.layout import Layout
@@ -30,7 +31,6 @@ from megatron_tw.runtime.optimizer import (
 from megatron_tw.runtime.outputs import hold_export, hold_run
 from megatron_tw.runtime.run_folder import RunState, begin_again
 from megatron_tw.training.inputs import Inputs, open_inputs, outdated
-from megatron_tw.training.report import StepReport
 from megatron_tw.training.scorers import TrainedModel
 from megatron_tw.training.step import TrainingStep
 from megatron_tw.training.validation import Validation

@@ -4,9 +4,8 @@ R = rows, N = tokens of a row, T = N - 1 targets of a row, S = tokens of a row t
 micro-batch.
 
     rows -> short-window NLL (one forward-only pipeline pass for all micro-batches)
-         -> long NLL of a micro-batch, gathered over the context-parallel group (4 bytes a target)
-         -> weights of whole rows -> this rank's slice -> sum(weight * NLL), count of valid targets -> gradients /
-         global count
+         -> long NLL of a micro-batch -> the objective: weights of whole rows, sum(weight * NLL), count of valid targets
+         -> gradients / global count
 """
 
 import math
@@ -24,13 +23,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_tw.data.loader import Batch
-from megatron_tw.model.forward import Sequences, call_model, long_sequences, run_schedule
+from megatron_tw.model.forward import Sequences, call_model, long_sequences, row_layout, run_schedule
+from megatron_tw.objective import ShortNLL, StepReport, weighted_loss
 from megatron_tw.parallel.devices import Device, synchronize
-from megatron_tw.parallel.layout import Layout, gather_over_context, same_on_tensor_ranks
-from megatron_tw.parallel.zigzag import zigzag_shard
-from megatron_tw.training.report import StepReport
+from megatron_tw.parallel.layout import Layout
 from megatron_tw.training.scorers import Scorer
-from megatron_tw.weighting import Scheme, check_finite, token_weights
+from megatron_tw.weighting import Scheme, check_finite
 from megatron_tw.weighting.schedule import WeightingSchedule
 
 
@@ -151,25 +149,23 @@ class TrainingStep:
     def _loss(self, weighting: Scheme, batch: StepBatch, nll_SM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted sum over this rank's targets, its count of valid targets (an integer, free of weights), and the
         report."""
-        nll_MS = nll_SM.transpose(0, 1)
-        long_MT = gather_over_context(nll_MS.detach(), self.layout)[:, :-1]
-        short_MT = batch.short_nll_MT
-        if short_MT is not None:
+        short_nll: ShortNLL = None
+        if batch.short_nll_MT is not None:
             assert self.scorer is not None
-            short_MT = self.scorer.complete(short_MT, long_MT)
-        weights_MT = token_weights(
-            long_MT, short_MT, weighting, valid=batch.valid_MT, row_ids=batch.row_index_M, seed=self.seed
+            short_nll = partial(self.scorer.complete, batch.short_nll_MT)
+        loss = weighted_loss(
+            nll_SM,
+            short_nll,
+            weighting,
+            valid=batch.valid_MT,
+            layout=row_layout(self.layout),
+            row_ids=batch.row_index_M,
+            seed=self.seed,
+            report=self.report,
         )
-        weights_MT = same_on_tensor_ranks(weights_MT, self.layout)
-        shard = batch.sequences.shard
-        weights_MS, valid_MS = (
-            zigzag_shard(torch.nn.functional.pad(x, (0, 1)), 1, rank=shard.rank, size=shard.size)
-            for x in (weights_MT, batch.valid_MT)
-        )
-        # A masked target may hold anything: 0 * NaN must not reach the sum.
-        loss = (weights_MS * torch.where(valid_MS, nll_MS, 0.0)).sum()
-        self._seen.append((batch, long_MT, short_MT))
-        return loss, valid_MS.sum().int(), self.report.sums(batch.valid_MT, long_MT, short_MT, weights_MT)
+        self._seen.append((batch, loss.long_nll, loss.short_nll))
+        assert loss.statistics is not None
+        return loss.sum, loss.count, loss.statistics
 
     def _raise_nonfinite(self, count: float) -> None:
         """Every rank raises; one that holds such a target names its row and position."""

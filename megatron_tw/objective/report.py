@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tw.evaluation.position import position_edges
+from megatron_tw.objective.positions import position_edges
 
 _SUMS = (
     "weighted_nll",
@@ -43,6 +43,11 @@ class StepReport:
     def of_rows(seq_length: int, old_context: int) -> "StepReport":
         """For rows of `seq_length` tokens by a model that knew rows of `old_context` tokens."""
         return StepReport(position_edges(seq_length, old_context=old_context), old_context)
+
+    @property
+    def num_targets(self) -> int:
+        """Of a row."""
+        return self.edges[-1] - 1
 
     @property
     def size(self) -> int:
