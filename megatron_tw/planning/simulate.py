@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron_tw.config import RunConfig, data_parallel_size, num_microbatches
 from megatron_tw.data.loader import Batch, Loader, RowOrder
 from megatron_tw.model.architecture import Architecture
+from megatron_tw.objective import StepReport
 from megatron_tw.parallel.devices import Device, prepare_device
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.planning import stand_ins
@@ -29,7 +30,6 @@ from megatron_tw.planning.record import Simulation
 from megatron_tw.planning.recorder import Recorder
 from megatron_tw.runtime.opening import open_layout
 from megatron_tw.training.loop import Run
-from megatron_tw.training.report import StepReport
 from megatron_tw.weighting.schedule import WeightingSchedule
 
 LAYERS = "this project's own layers"
