@@ -6,17 +6,23 @@ meaning. On both, faults of its distributed optimizer are mended (mends.py). Not
 
 import functools
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._device
+from packaging.version import Version
 
 from megatron_tw.parallel.mends import mend_megatron
 
-KNOWN_MEGATRON_CORE = ("0.16.1",)
-"""Versions of Megatron-Core whose internals, touched below, were read and tried."""
+OLDEST_MEGATRON_CORE = Version("0.16.1")
+NEWEST_MEGATRON_CORE = Version("0.19.2")
+"""Between them the tests pass (tools/test_versions.sh)."""
+BROKEN_MEGATRON_CORE: dict[str, str] = {}
+"""Versions that are refused, and why."""
 
 ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 """See `set_environment`."""
@@ -51,7 +57,7 @@ def prepare_device() -> Device:
     On GPUs the rank's device is `LOCAL_RANK` as the launcher set it.
 
     Raises:
-        RuntimeError: the installed Megatron-Core is not one of `KNOWN_MEGATRON_CORE`.
+        RuntimeError: the installed Megatron-Core is too old, or known to be broken.
     """
     global _prepared
     if _prepared is not None:
@@ -84,15 +90,25 @@ def set_environment() -> None:
 
 
 def check_megatron_version(version: str | None = None) -> None:
-    """Refuse a Megatron-Core whose internals may differ from those adapted here."""
+    """Refuse a Megatron-Core that is too old or known to be broken, and warn of one that is newer than those tried.
+
+    version: that of a clone of its repository ends in `+` and the commit, which does not count.
+    """
     if version is None:
         from megatron import core
 
         version = core.__version__
-    if version not in KNOWN_MEGATRON_CORE:
+    public = Version(Version(version).public)
+    if public < OLDEST_MEGATRON_CORE or str(public) in BROKEN_MEGATRON_CORE:
+        why = f" ({BROKEN_MEGATRON_CORE[str(public)]})" if str(public) in BROKEN_MEGATRON_CORE else ""
         raise RuntimeError(
-            f"megatron-core: expected version {' or '.join(KNOWN_MEGATRON_CORE)}, found {version}. "
+            f"megatron-core: expected version {OLDEST_MEGATRON_CORE} to {NEWEST_MEGATRON_CORE}, found {version}{why}. "
             "Install the pinned one: pip install -c constraints.txt megatron-core"
+        )
+    if public > NEWEST_MEGATRON_CORE and os.environ.get("RANK", "0") == "0":
+        warnings.warn(
+            f"megatron-core {version} is newer than {NEWEST_MEGATRON_CORE}, the newest that was tried here",
+            stacklevel=2,
         )
 
 
@@ -117,6 +133,8 @@ def adapt_megatron_to_cpu() -> None:
     torch.cuda.current_device = lambda: cpu  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.stream = lambda stream: nullcontext()  # type: ignore[assignment, return-value]
+    torch.cuda.Stream = _NoStream  # type: ignore[assignment, misc]
+    torch.cuda.current_stream = lambda device=None: _NoStream()  # type: ignore[assignment, return-value]
     torch.cuda.empty_cache = lambda: None
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
@@ -145,6 +163,18 @@ def adapt_megatron_to_cpu() -> None:
     torch.cuda.get_rng_state = get_state
     torch.cuda.random.get_rng_state = get_state
     megatron_random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+
+
+class _NoStream:
+    """A CUDA stream on a CPU, where what is given to it is done when the call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,9 +1,14 @@
-"""Faults of Megatron-Core 0.16.1's distributed optimizer and checkpoints, mended where they are."""
+"""Faults of Megatron-Core's distributed optimizer and checkpoints, mended where the installed version has them.
+
+Each is looked for, not told from a version number: forks carry back what is mended upstream, and a fault that is mended
+twice is a fault again.
+"""
 
 import functools
 import queue
 import threading
 from itertools import accumulate
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,10 +30,13 @@ def mend_bucket_padding() -> None:
     """Save every parameter's optimizer state as its own, where a buffer has several buckets.
 
     A bucket is padded at its end, and the saved state of a buffer leaves that padding out. Megatron-Core cuts the
-    parameters out of it at places that count the padding of all buckets before, and so saves them shifted.
+    parameters out of it at places that count the padding of all buckets before, and so saves them shifted (mended in
+    Megatron-LM's pull request 5077).
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+    if not saves_padded_buckets_shifted(DistributedOptimizer):
+        return
     save = DistributedOptimizer.sharded_param_state_fully_reshardable
 
     @functools.wraps(save)
@@ -43,6 +51,35 @@ def mend_bucket_padding() -> None:
                 buffer.param_index_map = index_map
 
     DistributedOptimizer.sharded_param_state_fully_reshardable = save_without_padding
+
+
+def saves_padded_buckets_shifted(optimizer_class: Any) -> bool:
+    """Whether `optimizer_class` has the fault: asked of its own method, with a buffer that holds a parameter of two
+    elements behind a bucket of three that is padded to four.
+
+    Raises:
+        RuntimeError: it does neither the one thing nor the other.
+    """
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    padded, last = (SimpleNamespace(grad_data=torch.zeros(4), numel_unpadded=numel) for numel in (3, 2))
+    param = torch.zeros(2)
+    buffer = SimpleNamespace(buckets=[padded, last], param_index_map={param: (4, 6, 1)}, numel=8, numel_unpadded=5)
+    gathered = {0: {"dtype": {"param": torch.arange(6.0)}}}  # of the buffer, without padding; one more is read shifted
+    optimizer = SimpleNamespace(
+        buffers=[buffer], gbuf_ranges=[{"dtype": []}], get_parameter_state_dp_zero=lambda **how: gathered
+    )
+    state = optimizer_class.sharded_param_state_fully_reshardable(
+        optimizer, {"param": ShardedTensor.from_rank_offsets("param", param)}, metadata={}
+    )
+    saved = state[0]["param"].data.tolist()
+    if saved not in ([3.0, 4.0], [4.0, 5.0]):
+        raise RuntimeError(
+            f"megatron-core: its distributed optimizer saves elements {saved} of a buffer as those of a parameter that "
+            "has [3, 4]; this version is not known here. Install the pinned one: pip install -c constraints.txt "
+            "megatron-core"
+        )
+    return saved == [4.0, 5.0]
 
 
 def _without_padding(buffer: Any) -> dict[Any, tuple[int, int, int]]:
@@ -87,11 +124,11 @@ def mend_adamw_fallback() -> None:
         group_index, group_order = self.model_param_group_index_map[model_param]
         main_param = self.optimizer.param_groups[group_index]["params"][group_order]
         state = self.optimizer.state[main_param]
-        step = state.pop("step")
+        step = {name: state.pop(name) for name in ("step",) if name in state and name not in tensors}
         try:
             set_states(self, model_param, tensors)
         finally:
-            state["step"] = step
+            state.update(step)
 
     @functools.wraps(load_state_dict)
     def load_with_own_steps(self, state_dict):  # type: ignore[no-untyped-def]
@@ -108,22 +145,34 @@ def mend_adamw_fallback() -> None:
 def mend_synchronous_saves() -> None:
     """Write a synchronous save's files in threads of this process, and hand their results over within it.
 
-    Megatron-Core forks a process a file and waits for it without end: one that is killed (by the kernel, for want of
-    memory) hangs the rank, and those whose rank is killed wait for it for ever, with a copy of the rank's memory. And
-    it takes a manager for the results, which only asynchronous saves need: one more Python process a rank, which
-    imports the program again at the first save (seconds).
+    Megatron-Core 0.16 forks a process a file and waits for it without end: one that is killed (by the kernel, for want
+    of memory) hangs the rank, and those whose rank is killed wait for it for ever, with a copy of the rank's memory.
+    From 0.17 it writes in threads too, but of a failed one it says no more than that it failed. Both take a manager for
+    the results, which only asynchronous saves need: one more Python process a rank, which imports the program again at
+    the first save (seconds).
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    filesystem_async._get_write_results_queue = queue.SimpleQueue
-    filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_threads)
+    queues = ("_get_write_results_queue", "get_write_results_queue")
+    writers = ("write_preloaded_data_multiproc", "write_preloaded_data_multithread")
+    for holder, names, mended in (
+        (filesystem_async, queues, queue.SimpleQueue),
+        (filesystem_async.FileSystemWriterAsync, writers, staticmethod(_write_in_threads)),
+    ):
+        [name] = [name for name in names if hasattr(holder, name)]
+        setattr(holder, name, mended)
+
+    from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+
+    if hasattr(torch_strategy, "_logged_mcore_async_deprecation"):  # said at synchronous saves too, which stay
+        torch_strategy._logged_mcore_async_deprecation = True
 
 
 def _write_in_threads(
     transform_list: list[Any], use_msc: bool, rank: int, write_buckets: list[Any], results: queue.SimpleQueue[Any]
 ) -> None:
-    """Stands in for `write_preloaded_data_multiproc`: a file a bucket; puts {number of the bucket: its results} into
-    `results`, or the exception of one that failed."""
+    """Stands in for Megatron-Core's writing of all files: a file a bucket; puts {number of the bucket: its results}
+    into `results`, or the exception of one that failed."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     written: queue.SimpleQueue[Any] = queue.SimpleQueue()
