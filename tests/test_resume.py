@@ -72,6 +72,7 @@ def straight(ranks, reference_data, tmp_path_factory) -> Path:
     return save
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("axes", [Axes(dp=2), Axes(pp=2, vpp_layers=1)], ids=lambda axes: axes.name)
 def test_overlapped_runs_learn_and_resume_alike(axes, straight, ranks, reference_data, tmp_path):
     pool = ranks(axes.world_size)
@@ -89,6 +90,7 @@ def test_overlapped_runs_learn_and_resume_alike(axes, straight, ranks, reference
         assert resumed[key].tolist() == whole[key].tolist(), key
 
 
+@pytest.mark.core
 def test_padded_buckets_are_read_by_another_layout(straight, ranks, reference_data, tmp_path):
     before, save = Axes(dp=2), tmp_path / "run"
     config = run_of(before, reference_data, save, stop=STOP, data_parallel=OVERLAP)

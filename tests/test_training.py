@@ -184,6 +184,7 @@ def reference_scores(reference_data, ranks) -> Path:
     return output
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("axes", "trajectories"), EVERY_LAYOUT)
 def test_trajectories(axes, trajectories, ranks, reference, reference_data, reference_scores):
     cached = replace(CACHED, scores=str(reference_scores))
@@ -204,6 +205,7 @@ RESUME_FROM = 5
 MOVING = ScorerConfig(scorer="ema", scorer_ema_decay=0.9)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("before", "after", "scorer"),
     [

@@ -1,7 +1,12 @@
-"""Megatron-Core's versions: which are taken, and that a fault of theirs is mended where it is, and once."""
+"""Megatron-Core's versions: which are taken, and that a fault of theirs is mended where it is, and once; and the
+environment of a version of Python."""
 
 import inspect
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -9,7 +14,11 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron_tw.parallel.devices import BROKEN_MEGATRON_CORE, check_megatron_version
 from megatron_tw.parallel.mends import mend_bucket_padding, saves_padded_buckets_shifted
 
+ROOT = Path(__file__).resolve().parents[1]
 METHOD = "sharded_param_state_fully_reshardable"
+
+
+pytestmark = pytest.mark.core
 
 
 @pytest.mark.parametrize("version", ["0.16.1", "0.17.1", "0.18.2", "0.19.2", "0.19.2+d98e8a6", None])
@@ -59,3 +68,42 @@ def test_an_optimizer_that_saves_otherwise_is_refused() -> None:
 
     with pytest.raises(RuntimeError, match=r"saves elements \[\d\.0, \d\.0\] of a buffer"):
         saves_padded_buckets_shifted(Other)
+
+
+def interpreter(path: Path, version: str) -> Path:
+    """What setup_env.sh asks of a Python, answered as one of `version`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    script = f"import sys; sys.version_info = {(*map(int, version.split('.')), 1)}; exec(sys.argv[2])"
+    path.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{script}' \"$@\"\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("active", "existing", "asked", "expected"),
+    [
+        (None, None, None, ".venv"),
+        (None, None, "3.12", ".venv"),
+        (None, "3.11", None, ".venv"),
+        (None, "3.11", "3.11", ".venv"),
+        (None, "3.11", "3.12", ".venv-3.12"),
+        (None, "3.12", "3.11", ".venv-3.11"),
+        ("3.11", None, None, "active"),
+        ("3.12", "3.11", "3.12", "active"),
+        ("3.11", "3.11", "3.13", ".venv-3.13"),
+        (None, "3.11", "3.9", ".venv"),  # too old: the error comes when it is to be used
+    ],
+)
+def test_another_interpreter_gets_an_environment_of_its_own(tmp_path: Path, active, existing, asked, expected) -> None:
+    environment = {"PATH": os.environ["PATH"]}
+    for name, version in ((".venv", existing), ("active", active)):
+        if version is not None:
+            interpreter(tmp_path / name / "bin" / "python", version)
+    if active is not None:
+        environment["VIRTUAL_ENV"] = str(tmp_path / "active")
+    if asked is not None:
+        environment["PYTHON"] = str(interpreter(tmp_path / "asked", asked))
+    functions = (ROOT / "tools" / "setup_env.sh").read_text().removesuffix("_tw_setup\n")
+    script = f'{functions}\n_tw_is_installed() {{ return 1; }}\n_tw_root="{tmp_path}"\n_tw_environment'
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(tmp_path / expected), done.stderr

@@ -2,7 +2,8 @@
 #
 # In an active virtual environment it installs there. Where the package is installed already without one (the
 # Docker image), it uses that. Otherwise it creates .venv beside pyproject.toml. A stamp makes the next time fast:
-# nothing is installed until pyproject.toml or constraints.txt change. PYTHON=... names the interpreter for .venv.
+# nothing is installed until pyproject.toml or constraints.txt change. PYTHON=... names the interpreter; where .venv or
+# the active environment has another version of Python, it gets an environment of its own (.venv-3.12).
 
 _tw_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -30,16 +31,35 @@ _tw_install_cpu_torch() {
         "$(grep '^torch==' "$_tw_root/constraints.txt")" 2>/dev/null || true
 }
 
-_tw_setup() {
-    if [ -z "${VIRTUAL_ENV:-}" ]; then
-        if [ ! -d "$_tw_root/.venv" ] && _tw_is_installed; then return 0; fi
-        if [ ! -x "$_tw_root/.venv/bin/python" ]; then
-            local base
-            base="$(_tw_find_python)" || return 1
-            echo "Creating $_tw_root/.venv with $("$base" --version)"
-            "$base" -m venv "$_tw_root/.venv" || return 1
+# Major and minor version of an interpreter, as in "3.12".
+_tw_version() { "$1" -c 'import sys; print("{}.{}".format(*sys.version_info))' 2>/dev/null; }
+
+# The environment to work in: prints its folder, or nothing where the package is installed without one.
+_tw_environment() {
+    local default="${VIRTUAL_ENV:-$_tw_root/.venv}" version
+    if [ -n "${PYTHON:-}" ] && _tw_is_new_enough "$PYTHON"; then
+        version="$(_tw_version "$PYTHON")"
+        if [ -x "$default/bin/python" ] && [ "$(_tw_version "$default/bin/python")" != "$version" ]; then
+            echo "$_tw_root/.venv-$version"
+            return
         fi
-        source "$_tw_root/.venv/bin/activate"
+    elif [ ! -d "$default" ] && _tw_is_installed; then
+        return
+    fi
+    echo "$default"
+}
+
+_tw_setup() {
+    local environment base
+    environment="$(_tw_environment)"
+    if [ -z "$environment" ]; then return 0; fi
+    if [ "$environment" != "${VIRTUAL_ENV:-}" ]; then
+        if [ ! -x "$environment/bin/python" ]; then
+            base="$(_tw_find_python)" || return 1
+            echo "Creating $environment with $("$base" --version)"
+            "$base" -m venv "$environment" || return 1
+        fi
+        source "$environment/bin/activate"
     fi
     if ! _tw_is_new_enough python; then
         echo "error: Python 3.11 or newer is needed, $VIRTUAL_ENV has $(python --version 2>&1)" >&2
