@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from megatron_tw.losses.huge_pages import advise_huge_pages
 from megatron_tw.losses.logit_tiles import tile_operations
 from megatron_tw.losses.parameter_gradient import ParameterGradient, add_product_
 from megatron_tw.losses.projection import Projection
@@ -54,7 +55,8 @@ class ChunkedHead:
 @dataclass
 class _Chunk:
     """Rows that are worked on together, and what forward kept of their logits, for each block of the vocabulary:
-    numerators exp(logit - shift), [M, B], and shift, [M]. Nothing kept: the logits are made again."""
+    numerators exp(logit - shift), [M, B], all in one buffer, and shift, [M]. Nothing kept: the logits are made again.
+    """
 
     index_GC: Tensor
     kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -149,7 +151,7 @@ def _forward_chunk(
     target_M = projection.label_logits(hidden_MH, label_M, head.sum_dtype) * here_M
     label_M = torch.where(here_M, label_M, -1)
     max_M, sum_M = torch.full_like(target_M, -torch.inf), torch.zeros_like(target_M)
-    for block, tile_MB, _ in _logit_tiles(hidden_MH, projection, head, fresh=keep):
+    for block, tile_MB, _ in _logit_tiles(hidden_MH, projection, head, keep=keep):
         operations.add_statistics_(tile_MB, label_M - block.start, target_M, max_M, sum_M, keep=keep)
         if keep:
             chunk.kept.append((tile_MB, max_M.clone()))
@@ -187,27 +189,27 @@ def _backward_chunk(
 
 
 def _logit_tiles(
-    hidden_MH: Tensor, projection: Projection, head: ChunkedHead, *, fresh: bool = False
+    hidden_MH: Tensor, projection: Projection, head: ChunkedHead, *, keep: bool = False
 ) -> Iterator[tuple[slice, Tensor, None]]:
-    """The blocks of the vocabulary and their logits: in one buffer one after the other, or with `fresh` each in its own
-    memory."""
+    """The blocks of the vocabulary and their logits: in one buffer one over the other, or with `keep` side by side."""
     num_rows, blocks = len(hidden_MH), head.blocks()
-    buffer = hidden_MH.new_empty(0 if fresh or not blocks else num_rows * blocks[0].stop)
+    widest = blocks[0].stop if blocks else 0
+    buffer = advise_huge_pages(hidden_MH.new_empty(num_rows * (head.shard.size if keep else widest)))
     for block in blocks:
-        width = block.stop - block.start
-        tile_MB = hidden_MH.new_empty(num_rows, width) if fresh else buffer[: num_rows * width].view(num_rows, width)
+        start, width = num_rows * block.start if keep else 0, block.stop - block.start
+        tile_MB = buffer[start : start + num_rows * width].view(num_rows, width)
         projection.logits_(hidden_MH, block, tile_MB)
         yield block, tile_MB, None
 
 
 def _kept_tiles(chunk: _Chunk, head: ChunkedHead) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """The blocks of the vocabulary, the numerators kept of them and their shift. Each is freed after use."""
-    chunk.kept.reverse()
-    for block in head.blocks():
-        tile_MB, shift_M = chunk.kept.pop()
-        if chunk.selected_M is not None:
-            tile_MB, shift_M = tile_MB[chunk.selected_M], shift_M[chunk.selected_M]
-        yield block, tile_MB, shift_M
+    """The blocks of the vocabulary, the numerators kept of them and their shift. After the last one all are freed."""
+    for block, (tile_MB, shift_M) in zip(head.blocks(), chunk.kept, strict=True):
+        if chunk.selected_M is None:
+            yield block, tile_MB, shift_M
+        else:
+            yield block, tile_MB[chunk.selected_M], shift_M[chunk.selected_M]
+    chunk.kept.clear()
 
 
 def _chosen_chunks(grad_GL: Tensor, kept_chunks: list[_Chunk], head: ChunkedHead) -> list[_Chunk]:
