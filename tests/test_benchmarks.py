@@ -103,3 +103,4 @@ def test_schemes_are_compared_from_one_base(tmp_path: Path) -> None:
     assert uniform[2]["weight"] == 1.0
     assert "| sparse | 0." in printed
     assert (tmp_path / "out" / "recall.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "gain.png").stat().st_size > 10_000

@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from planted_facts import BOS, VOCAB, Rows, make_rows
-from recall_figures import Measured, format_table, plot
+from recall_figures import Measured, format_table, plot, plot_gain
 from tqdm import tqdm
 
 from megatron_tw.config import (
@@ -378,7 +378,8 @@ def main(arguments: Sequence[str]) -> None:
     (output / "recall.json").write_text(json.dumps(content, indent=1) + "\n")
     (output / "recall.md").write_text(table + "\n")
     plot(measured, output / "recall.png", context=settings.context)
-    print(f"{output}/recall.json, recall.md, recall.png ({seconds:.0f} s)")
+    plot_gain(measured, output / "gain.png", context=settings.context)
+    print(f"{output}/recall.json, recall.md, recall.png, gain.png ({seconds:.0f} s)")
 
 
 if __name__ == "__main__":
