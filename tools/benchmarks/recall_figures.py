@@ -103,7 +103,7 @@ def plot_gain(measured: Measured, file: Path, *, context: int) -> None:
     figure = Figure(figsize=(10, 3.6), layout="constrained", facecolor="white")
     panels = (
         ("recall", 100.0, f"Recall of facts more than {context} tokens back", "percentage points more than uniform"),
-        ("key_nll", -1.0, "Loss on the recalled tokens", "nats less than uniform"),
+        ("key_nll", -1.0, "Lower loss on these tokens", "nats less than uniform"),
     )
     for axes, (key, sign, title, unit) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for place, name in enumerate(schemes):
@@ -114,9 +114,9 @@ def plot_gain(measured: Measured, file: Path, *, context: int) -> None:
                 place + np.linspace(-0.15, 0.15, len(gains)), gains, s=30, color=colour, edgecolors="white", zorder=3
             )
             axes.annotate(
-                f"{mean(gains):+.2f}" if sign < 0 else f"{mean(gains):+.1f}",
+                f"{mean(gains):.2f}" if sign < 0 else f"{mean(gains):+.1f}",
                 (place, max(*gains, 0.0)),
-                xytext=(0, 6),
+                xytext=(0, 8),
                 textcoords="offset points",
                 ha="center",
                 fontweight="bold",
