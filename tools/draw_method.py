@@ -1,6 +1,6 @@
 """Draws the figures of docs/method.md with the library itself: the short windows of a row, and scores turned to weights.
 
-    python tools/draw_method.py docs
+python tools/draw_method.py docs
 """
 
 import sys
@@ -38,7 +38,9 @@ def draw_windows(file: Path) -> None:
     axes.invert_yaxis()
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    axes.set_title(f"Windows of {WINDOW:,} tokens, {STRIDE:,} apart: dark, the targets that each one scores", fontsize=10)
+    axes.set_title(
+        f"Windows of {WINDOW:,} tokens, {STRIDE:,} apart: dark, the targets that each one scores", fontsize=10
+    )
     figure.savefig(file, dpi=120)
 
 

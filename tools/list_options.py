@@ -1,6 +1,6 @@
 """Writes docs/options.md: every option of the programs that read YAML, from the schemas that the programs read.
 
-    python tools/list_options.py > docs/options.md
+python tools/list_options.py > docs/options.md
 """
 
 import inspect
