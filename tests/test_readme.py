@@ -1,4 +1,5 @@
-"""The commands in README.md and docs/: those for two CPU ranks are run, the options of the others are read and checked."""
+"""The commands in README.md and docs/: those for two CPU ranks are run, the options of the others are read and
+checked."""
 
 import json
 import os

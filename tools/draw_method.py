@@ -1,4 +1,4 @@
-"""Draws the figures of docs/method.md with the library itself: the short windows of a row, and scores turned to weights.
+"""Draws the figures of docs/method.md with the library itself: the windows of a row, and what weight a score gives.
 
 python tools/draw_method.py docs
 """

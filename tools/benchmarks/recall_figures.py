@@ -95,8 +95,8 @@ def plot(measured: Measured, file: Path, *, context: int) -> None:
 
 
 def plot_gain(measured: Measured, file: Path, *, context: int) -> None:
-    """After the last step, less uniform of the same seed: recall of far facts, and by how much their NLL is lower. A dot
-    a seed, a bar for the mean: the picture of README.md."""
+    """After the last step, against uniform of the same seed: recall of far facts, and how much lower their NLL is. A
+    dot a seed, a bar for the mean: the picture of README.md."""
     from matplotlib.figure import Figure
 
     schemes = [name for name in _schemes(measured) if name != "uniform"]
