@@ -24,9 +24,9 @@ HEAD = """\
 # Options
 
 Every option is a flag (`--seq-length 32768`) and a YAML key (`seq_length: 32768`). `--config FILE.yaml` reads YAML
-files: of two files the later wins, and flags win over files. Unknown names are errors. A switch is turned off by `--no-NAME`.
-Names are Megatron's where Megatron has one. All options are checked against each other, the model and the number of
-ranks before anything is allocated. The resolved ones are saved with each checkpoint.
+files: of two files the later wins, and flags win over files. Unknown names are errors. A switch is turned off by
+`--no-NAME`. Names are Megatron's where Megatron has one. All options are checked against each other, the model and
+the number of ranks before anything is allocated. The resolved ones are saved with each checkpoint.
 
 `tools/preprocess_data.py` and `tools/report.py` take flags only; their `--help` lists them. Each table says which
 programs take its options.
