@@ -45,6 +45,7 @@ def test_metrics_are_means_over_all_targets(targets: dict[str, torch.Tensor]) ->
         "weight_share_beyond_context": weights[:, 95:].sum() / weights.sum(),  # position 96 and later
         "rows": 4,
         "nonfinite": 0,
+        "loss_rows": (mask & (weights != 0)).sum(),
     }
     buckets = metrics.pop("by_position")
     assert metrics == pytest.approx(expected, rel=1e-6)

@@ -49,12 +49,16 @@ class ParallelConfig(ShardingConfig):
         return self.tensor_model_parallel_size > 1 and self.sequence_parallel is not False
 
     @property
+    def loss_shards(self) -> int:
+        """Parts into which sequence parallelism cuts a rank's tokens before the loss."""
+        return self.tensor_model_parallel_size if self.uses_sequence_parallel else 1
+
+    @property
     def seq_length_multiple(self) -> int:
         """What a row's length must be a multiple of: each CP rank holds two slices of equal length, and sequence
         parallelism cuts its tokens into TP equal parts."""
         slices = 2 if self.context_parallel_size > 1 else 1
-        parts = self.tensor_model_parallel_size if self.uses_sequence_parallel else 1
-        return self.context_parallel_size * lcm(slices, parts)
+        return self.context_parallel_size * lcm(slices, self.loss_shards)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -155,8 +155,9 @@ class ShortWindowForward:
     windows: all windows of a row. mine: those of this rank's sub-group. group: the sub-group (None: this rank alone).
     padded_length: tokens of a window with the padding that sharding wants; padding stands behind the last token,
     which no earlier token sees. bos_id: replaces a window's first token where the row begins with it; None never does.
-    scoring_micro_batch: windows that run at once. pipelined: the scoring model lies over the run's pipeline stages;
-    else it is whole on the ranks that call (those of the last stage).
+    scoring_micro_batch: windows that run at once. micro_batch: the option, None where all of a row run at once.
+    pipelined: the scoring model lies over the run's pipeline stages; else it is whole on the ranks that call (those of
+    the last stage).
     """
 
     seq_length: int
@@ -166,6 +167,7 @@ class ShortWindowForward:
     padded_length: int
     bos_id: int | None
     scoring_micro_batch: int
+    micro_batch: int | None
     layout: Layout
     pipelined: bool
 
@@ -192,19 +194,24 @@ class ShortWindowForward:
         num_groups = num_window_groups(len(windows), layout.cp_size)
         group, index = split_context_group(layout, num_groups)
         share = layout.cp_size // num_groups
-        multiple = (2 * share if share > 1 else 1) * (layout.tp_size if sequence_parallel else 1)
         mine = deal_windows(windows, index, num_groups)
         return ShortWindowForward(
             seq_length=seq_length,
             windows=windows,
             mine=mine,
             group=group,
-            padded_length=-(-window // multiple) * multiple,
+            padded_length=padded_window(window, share, layout.tp_size if sequence_parallel else 1),
             bos_id=bos_id,
             scoring_micro_batch=scoring_micro_batch or max(1, len(mine)),
+            micro_batch=scoring_micro_batch,
             layout=layout,
             pipelined=pipelined,
         )
+
+    @property
+    def micro_batches_multiple(self) -> int:
+        """Of which the micro-batches of a rank are: an interleaved pipeline wants as many as it has stages."""
+        return self.layout.pp_size if self.layout.vpp_size and self.pipelined else 1
 
     def short_nll(self, model: Sequence[torch.nn.Module], rows_RN: Tensor) -> Tensor | None:
         """Short NLL [R, N-1] fp32 of whole rows, zero where no window scores the target; None before the last
@@ -225,7 +232,7 @@ class ShortWindowForward:
             bos_id=self.bos_id,
             length=self.padded_length,
             # whole micro-batches, of the number that the pipeline demands
-            multiple=self.scoring_micro_batch * (self.layout.pp_size if self.layout.vpp_size and self.pipelined else 1),
+            multiple=self.scoring_micro_batch * self.micro_batches_multiple,
         )
         shard = SequenceShard.over(self.group, self.padded_length)
         batches = [
@@ -252,6 +259,17 @@ def num_window_groups(num_windows: int, cp_size: int) -> int:
     (2, 8)
     """
     return max(size for size in range(1, cp_size + 1) if cp_size % size == 0 and size <= max(1, num_windows))
+
+
+def padded_window(window: int, share: int, shards: int) -> int:
+    """Tokens of a window with its padding, where `share` context-parallel ranks share it and each cuts its part into
+    `shards` (sequence parallelism).
+
+    >>> padded_window(100, 1, 1), padded_window(100, 2, 2), padded_window(100, 4, 2)
+    (100, 104, 112)
+    """
+    multiple = (2 * share if share > 1 else 1) * shards
+    return -(-window // multiple) * multiple
 
 
 def deal_windows(windows: Sequence[Window], index: int, num_groups: int) -> tuple[Window, ...]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_tw.objective.positions import position_edges
+from megatron_tw.objective.zigzag import zigzag_positions
 
 _SUMS = (
     "weighted_nll",
@@ -23,6 +24,7 @@ _SUMS = (
     "effective_targets",
     "rows",
     "nonfinite",
+    "loss_rows",
 )
 _POSITION_SUMS = ("targets", "nll", "weights", "short_nll")
 """Of each bucket of positions."""
@@ -33,16 +35,19 @@ class StepReport:
     """The report of the steps of one run.
 
     edges: bucket i holds the targets at positions edges[i] .. edges[i + 1] - 1 (see `position_edges`).
-    old_context: n, tokens; targets at position n and later lie beyond it.
+    old_context: n, tokens; targets at position n and later lie beyond it. cp_size, loss_shards: ranks that share a row in zigzag
+    slices, and parts into which sequence parallelism cuts each slice before the loss.
     """
 
     edges: tuple[int, ...]
     old_context: int
+    cp_size: int = 1
+    loss_shards: int = 1
 
     @staticmethod
-    def of_rows(seq_length: int, old_context: int) -> "StepReport":
+    def of_rows(seq_length: int, old_context: int, *, cp_size: int = 1, loss_shards: int = 1) -> "StepReport":
         """For rows of `seq_length` tokens by a model that knew rows of `old_context` tokens."""
-        return StepReport(position_edges(seq_length, old_context=old_context), old_context)
+        return StepReport(position_edges(seq_length, old_context=old_context), old_context, cp_size, loss_shards)
 
     @property
     def num_targets(self) -> int:
@@ -76,14 +81,27 @@ class StepReport:
             "effective_targets": torch.where(squares_M > 0, 1.0 / squares_M.clamp(min=1e-300), 0.0).sum(),
             "rows": torch.tensor(len(weights_MT), device=weights_MT.device),
             "nonfinite": (valid_MT & ~finite_MT).sum(),
+            "loss_rows": self._loss_rows(valid_MT & (weights_MT != 0)),
         }
         by_target_4T = torch.stack([x.double().sum(0) for x in (valid_MT, long_MT, weights_MT, short_MT)])
         widths = [high - low for low, high in zip(self.edges, self.edges[1:], strict=False)]
         by_position_4B = torch.stack([part.sum(1) for part in by_target_4T.split(widths, dim=1)], dim=1)
         return torch.cat((torch.stack([sums[name].double() for name in _SUMS]), by_position_4B.flatten()))
 
+    def _loss_rows(self, chosen_MT: Tensor) -> Tensor:
+        """Tokens that the loss's backward pass works on where these targets of a micro-batch have a weight: each rank
+        fills its shards up to the fullest of them (`choose_rows`)."""
+        chosen_N = torch.nn.functional.pad(chosen_MT.sum(0), (0, 1))
+        ranks_RS = [
+            chosen_N[zigzag_positions(len(chosen_N), rank=rank, size=self.cp_size, device=chosen_N.device)]
+            for rank in range(self.cp_size)
+        ]
+        counts_RG = torch.stack(ranks_RS).view(self.cp_size, self.loss_shards, -1).sum(2)
+        return counts_RG.amax(1).sum() * self.loss_shards
+
     def metrics(self, sums: Sequence[float], *, scored: bool) -> dict[str, Any]:
-        """The step's metrics from its sums over the run, and what else the step needs: `rows` and `nonfinite`.
+        """The step's metrics from its sums over the run, and what else the step needs: `rows`, `nonfinite` and
+        `loss_rows` (tokens that the loss's backward pass works on, of all ranks that share a row).
 
         weighted_loss, lm_loss (unweighted), short_lm_loss (the scorer's, when `scored`); of the weights mean, std,
         entropy (nats, of a row's weights as shares), effective sample size ((sum w)^2 / sum w^2, as a share of the
@@ -109,6 +127,7 @@ class StepReport:
             ],
             "rows": total["rows"],
             "nonfinite": total["nonfinite"],
+            "loss_rows": total["loss_rows"],
         }
 
     def _bucket(self, index: int, total: dict[str, float], scored: bool) -> dict[str, Any]:

@@ -121,6 +121,11 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def device_name() -> str | None:
+    """What CUDA calls this rank's GPU; None on a CPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
 def synchronize() -> None:
     """Wait for the device's queue, so that a clock read afterwards tells the truth. Nothing to wait for on a CPU."""
     if torch.cuda.is_available():

@@ -65,6 +65,8 @@ class MetricsLog:
             f"weighted {metrics['weighted_loss']:.4f}, lm {metrics['lm_loss']:.4f}, grad {metrics['grad_norm']:.3f}, "
             f"{metrics['tokens_per_second']:,.0f} tok/s"
         )
+        if "tflops_per_second_per_gpu" in metrics:
+            figures += f", {metrics['tflops_per_second_per_gpu']:.0f} TFLOP/s a GPU"
         self._bar.update()
         self._bar.set_postfix_str(figures, refresh=False)
         step, valid = metrics["iteration"], metrics.get("valid_lm_loss")

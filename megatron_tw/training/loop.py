@@ -13,7 +13,8 @@ from megatron_tw.data.loader import Loader, RowOrder
 from megatron_tw.model.build import build_model, save_hf
 from megatron_tw.objective.report import StepReport
 from megatron_tw.parallel.contact import now_at
-from megatron_tw.parallel.devices import Device, peak_memory_bytes
+from megatron_tw.parallel.devices import Device, device_name, peak_memory_bytes
+from megatron_tw.parallel.gpus import gpu_of
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.runtime.checkpoint import CONFIG_FILE, save_checkpoint
 from megatron_tw.runtime.checksums import seal
@@ -30,6 +31,7 @@ from megatron_tw.runtime.optimizer import (
 )
 from megatron_tw.runtime.outputs import hold_export, hold_run
 from megatron_tw.runtime.run_folder import RunState, begin_again
+from megatron_tw.training.flops import StepFlops, rates
 from megatron_tw.training.inputs import Inputs, open_inputs, outdated
 from megatron_tw.training.scorers import TrainedModel
 from megatron_tw.training.step import TrainingStep
@@ -130,7 +132,13 @@ class Run:
             device=device,
             schedule=inputs.schedule,
             scorer=scorer,
-            report=StepReport.of_rows(config.data.seq_length, settings.old_context),
+            report=StepReport.of_rows(
+                config.data.seq_length,
+                settings.old_context,
+                cp_size=layout.cp_size,
+                loss_shards=config.parallel.loss_shards,
+            ),
+            flops=StepFlops(source.architecture, settings.fill_in(config)),
             seed=config.train.seed,
         )
         return Run(
@@ -250,6 +258,7 @@ class Run:
             **metrics,
             "consumed_samples": self.loader.consumed_samples,
             "tokens_per_second": tokens / metrics["step_seconds"],
+            **rates(metrics["model_flops"], metrics["step_seconds"], self.layout.world_size, gpu_of(device_name())),
             "peak_memory_gib": peak_memory_bytes() / 2**30,
         }
 

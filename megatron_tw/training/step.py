@@ -27,6 +27,7 @@ from megatron_tw.model.forward import Sequences, call_model, long_sequences, row
 from megatron_tw.objective import ShortNLL, StepReport, weighted_loss
 from megatron_tw.parallel.devices import Device, synchronize
 from megatron_tw.parallel.layout import Layout
+from megatron_tw.training.flops import StepFlops
 from megatron_tw.training.scorers import Scorer
 from megatron_tw.weighting import Scheme, check_finite
 from megatron_tw.weighting.schedule import WeightingSchedule
@@ -46,7 +47,7 @@ class StepBatch:
 class TrainingStep:
     """The step of one run. Calling it with this rank's micro-batches updates the model and returns the step's metrics.
 
-    report: what it says of losses and weights.
+    report: what it says of losses and weights. flops: what it costs.
     """
 
     model: Sequence[DistributedDataParallel]
@@ -57,6 +58,7 @@ class TrainingStep:
     schedule: WeightingSchedule
     scorer: Scorer | None
     report: StepReport
+    flops: StepFlops
     seed: int
     _seen: list[tuple[StepBatch, Tensor, Tensor | None]] = field(default_factory=list, init=False)
 
@@ -65,7 +67,7 @@ class TrainingStep:
         the same size.
 
         Returns metrics on every rank: those of `StepReport.metrics`; grad_norm (before clipping), learning_rate,
-        scoring_seconds, step_seconds, tokens.
+        scoring_seconds, step_seconds, tokens; model_flops and hardware_flops, of all ranks.
 
         Raises:
             ValueError: a NaN or infinite NLL, before the optimizer sees it; or gradients that are, after it; on every
@@ -91,7 +93,7 @@ class TrainingStep:
         )
         scored = self.scorer is not None and weighting.needs_scorer
         metrics = self.report.metrics(self._sum_over_run(reports), scored=scored)
-        nonfinite, rows = metrics.pop("nonfinite"), metrics.pop("rows")
+        nonfinite, rows, loss_rows = (metrics.pop(name) for name in ("nonfinite", "rows", "loss_rows"))
         if nonfinite:
             self._raise_nonfinite(nonfinite)
         learning_rate = self.scheduler.get_lr(self.optimizer.param_groups[0])
@@ -110,6 +112,7 @@ class TrainingStep:
             "grad_norm": float(grad_norm),
             "learning_rate": learning_rate,
             "tokens": rows * batches[0].tokens.shape[1],
+            **self.flops.of_step(int(rows), loss_rows, self.scorer if scored else None),
             "scoring_seconds": scoring_seconds,
             "step_seconds": time.perf_counter() - started,
         }

@@ -66,6 +66,12 @@ def expected_tensors(architecture: "Architecture") -> dict[str, Shape]:
     return shapes
 
 
+def layer_shapes(architecture: "Architecture") -> list[Shape]:
+    """Shapes of all Hugging Face tensors of one layer."""
+    parameters = [parameter for parameter in architecture.family.tensors if "*" in parameter.names[0]]
+    return [shape for parameter in parameters for shape in _shapes(parameter, 0, architecture).values()]
+
+
 def tied_copies(architecture: "Architecture") -> dict[str, str]:
     """Tensors that a folder may hold though the model takes another for them: copy -> the other."""
     copies = [parameter for parameter in architecture.family.tensors if _is_a_copy(parameter, architecture)]

@@ -12,6 +12,8 @@ from torch import Tensor
 from megatron_tw.config import RunConfig, ScorerConfig, ShortWindows, check_own_windows
 from megatron_tw.config.options import flag
 from megatron_tw.data.rows import TokenRows
+from megatron_tw.model.architecture import Architecture
+from megatron_tw.model.flops import Work, scoring_work
 from megatron_tw.model.forward import ShortWindowForward
 from megatron_tw.model.gpt import TokenWeightedGPT
 from megatron_tw.parallel.devices import Device
@@ -70,6 +72,10 @@ class Scorer(ABC):
     def complete(self, short_RT: Tensor, long_RT: Tensor) -> Tensor:
         """Short NLL of all targets, once the long NLL is known."""
         return short_RT
+
+    def work(self, rows: int) -> Work:
+        """FLOPs of `short_nll` for the `rows` rows of a step, on all ranks."""
+        return Work()
 
     def after_update(self) -> None:
         """The model in training has just been updated."""
@@ -156,6 +162,19 @@ def open_scorer(inputs: ScorerInputs) -> ScorerMaker:
     kind = _SCORERS[inputs.config.scorer.scorer]
     kind.check(inputs)
     return partial(kind.create, inputs)
+
+
+def work_of_windows(windows: ShortWindowForward, architecture: Architecture, rows: int, inputs: ScorerInputs) -> Work:
+    """FLOPs of a step's `rows` rows in short windows by a model of this architecture, on all ranks."""
+    return scoring_work(
+        architecture,
+        windows.windows,
+        rows=rows,
+        copies=windows.layout.dp_size,
+        parallel=inputs.config.parallel,
+        scoring_micro_batch=windows.micro_batch,
+        multiple=windows.micro_batches_multiple,
+    )
 
 
 def short_window_forward(

@@ -9,6 +9,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
+from megatron_tw.model.flops import Work
 from megatron_tw.model.forward import ShortWindowForward
 from megatron_tw.model.gpt import TokenWeightedGPT
 from megatron_tw.training.scorers.base import (
@@ -17,6 +18,7 @@ from megatron_tw.training.scorers.base import (
     TrainedModel,
     register_scorer,
     short_window_forward,
+    work_of_windows,
 )
 
 
@@ -33,6 +35,7 @@ class EmaScorer(Scorer):
     model: Sequence[torch.nn.Module]
     chunks: Sequence[TokenWeightedGPT]
     decay: float
+    inputs: ScorerInputs
     average: dict[torch.nn.Parameter, Tensor] = field(init=False)
     options: ClassVar[frozenset[str]] = frozenset({"scorer_ema_decay"})
 
@@ -47,7 +50,7 @@ class EmaScorer(Scorer):
     @classmethod
     def create(cls, inputs: ScorerInputs, trained: TrainedModel) -> "EmaScorer":
         windows = short_window_forward(inputs, trained, include_first=True)
-        return EmaScorer(windows, trained.model, trained.chunks, inputs.config.scorer.scorer_ema_decay)
+        return EmaScorer(windows, trained.model, trained.chunks, inputs.config.scorer.scorer_ema_decay, inputs)
 
     def __post_init__(self) -> None:
         parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
@@ -56,6 +59,9 @@ class EmaScorer(Scorer):
     def short_nll(self, rows_RN: Tensor, row_index_R: Tensor) -> Tensor | None:
         with self._in_place_of_the_weights():
             return self.windows.short_nll(self.model, rows_RN)
+
+    def work(self, rows: int) -> Work:
+        return work_of_windows(self.windows, self.inputs.source.architecture, rows, self.inputs)
 
     @torch.no_grad()
     def after_update(self) -> None:

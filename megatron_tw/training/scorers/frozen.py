@@ -13,6 +13,7 @@ from megatron_tw.data.scores import ScoreRows, check_scores
 from megatron_tw.data.vocabulary import check_scorer_vocabulary
 from megatron_tw.model.architecture import Architecture, read_architecture
 from megatron_tw.model.build import build_model, load_hf
+from megatron_tw.model.flops import Work
 from megatron_tw.model.forward import ShortWindowForward
 from megatron_tw.model.gpt import TokenWeightedGPT
 from megatron_tw.model.huggingface import SafetensorsFolder
@@ -27,6 +28,7 @@ from megatron_tw.training.scorers.base import (
     TrainedModel,
     register_scorer,
     short_window_forward,
+    work_of_windows,
 )
 
 
@@ -100,6 +102,8 @@ class LiveFrozenScorer(Scorer):
 
     windows: ShortWindowForward
     model: list[TokenWeightedGPT] | None
+    architecture: Architecture
+    inputs: ScorerInputs
 
     @staticmethod
     def check_folder(folder: str, inputs: ScorerInputs) -> None:
@@ -144,14 +148,17 @@ class LiveFrozenScorer(Scorer):
         windows = short_window_forward(inputs, trained, include_first=True, pipelined=False)
         layout, config = trained.layout, inputs.config
         if not layout.is_last_stage:
-            return LiveFrozenScorer(windows, None)
+            return LiveFrozenScorer(windows, None, architecture, inputs)
         model = build_unpipelined(architecture, unpipelined(config.parallel), config.compute, layout, trained.device)
         for parameter in model[0].parameters():
             parameter.requires_grad_(False)
-        return LiveFrozenScorer(windows, model)
+        return LiveFrozenScorer(windows, model, architecture, inputs)
 
     def short_nll(self, rows_RN: Tensor, row_index_R: Tensor) -> Tensor | None:
         return None if self.model is None else self.windows.short_nll(self.model, rows_RN)
+
+    def work(self, rows: int) -> Work:
+        return work_of_windows(self.windows, self.architecture, rows, self.inputs)
 
 
 def unpipelined(parallel: ParallelConfig) -> ParallelConfig:

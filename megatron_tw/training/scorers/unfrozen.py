@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_tw.config import check_own_windows
+from megatron_tw.model.flops import Work
 from megatron_tw.model.forward import ShortWindowForward
 from megatron_tw.training.scorers.base import (
     Scorer,
@@ -14,6 +15,7 @@ from megatron_tw.training.scorers.base import (
     TrainedModel,
     register_scorer,
     short_window_forward,
+    work_of_windows,
 )
 from megatron_tw.weighting import unfrozen_short_nll
 
@@ -26,6 +28,7 @@ class UnfrozenScorer(Scorer):
     windows: ShortWindowForward
     model: Sequence[torch.nn.Module]
     window: int
+    inputs: ScorerInputs
 
     @classmethod
     def check(cls, inputs: ScorerInputs) -> None:
@@ -34,10 +37,13 @@ class UnfrozenScorer(Scorer):
     @classmethod
     def create(cls, inputs: ScorerInputs, trained: TrainedModel) -> "UnfrozenScorer":
         windows = short_window_forward(inputs, trained, include_first=False)
-        return UnfrozenScorer(windows, trained.model, inputs.windows.tokens)
+        return UnfrozenScorer(windows, trained.model, inputs.windows.tokens, inputs)
 
     def short_nll(self, rows_RN: Tensor, row_index_R: Tensor) -> Tensor | None:
         return self.windows.short_nll(self.model, rows_RN)
+
+    def work(self, rows: int) -> Work:
+        return work_of_windows(self.windows, self.inputs.source.architecture, rows, self.inputs)
 
     def complete(self, short_RT: Tensor, long_RT: Tensor) -> Tensor:
         return unfrozen_short_nll(long_RT, short_RT, self.window)
