@@ -14,6 +14,7 @@ leaves targets out that weigh nothing, layers are run again to save memory, and 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -95,8 +96,8 @@ def step_work(
 ) -> StepWork:
     """What one step does with `rows` rows, on all ranks.
 
-    loss_rows: tokens that the loss's backward pass works on (see StepReport.metrics); None for every target. scoring: of
-    this step's rows, see `scoring_work`. keep_logits_mib: resolved; which of the logits kept are of targets with no
+    loss_rows: tokens that the loss's backward pass works on (see StepReport.metrics); None for every target. scoring:
+    of this step's rows, see `scoring_work`. keep_logits_mib: resolved; which of the logits kept are of targets with no
     weight is not known, so the share that is kept is taken of all alike.
     """
     layers = layers_work(architecture, rows, seq_length)
@@ -149,6 +150,7 @@ def scoring_work(
     return (layers_work(architecture, sequences, length) + head_work(architecture, head_rows)) * copies
 
 
+@lru_cache(maxsize=1024)
 def _labelled(window: Window, length: int, share: int, shards: int) -> np.ndarray:
     """Targets of a window (padded to `length` tokens) on each of the ranks that share it, in each of their shards:
     [R, G]."""

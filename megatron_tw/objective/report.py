@@ -35,8 +35,8 @@ class StepReport:
     """The report of the steps of one run.
 
     edges: bucket i holds the targets at positions edges[i] .. edges[i + 1] - 1 (see `position_edges`).
-    old_context: n, tokens; targets at position n and later lie beyond it. cp_size, loss_shards: ranks that share a row in zigzag
-    slices, and parts into which sequence parallelism cuts each slice before the loss.
+    old_context: n, tokens; targets at position n and later lie beyond it. cp_size, loss_shards: ranks that share a row
+    in zigzag slices, and parts into which sequence parallelism cuts each slice before the loss.
     """
 
     edges: tuple[int, ...]
