@@ -270,6 +270,7 @@ def compare_with_step(axes: Axes, scheme: WeightingConfig) -> tuple[list[float],
         step = TrainingStep(
             model=chunks, optimizer=None, scheduler=None, layout=layout, device=prepare_device(),  # type: ignore[arg-type]
             schedule=WeightingSchedule((Stage(0, None, scheme),)), scorer=OwnScorer(), report=report, seed=5,  # type: ignore[arg-type]
+            flops=None,  # type: ignore[arg-type]
         )  # fmt: skip
         seen: dict[str, Any] = {}
 

@@ -135,7 +135,7 @@ def layer_bytes(sizes: Sizes, tokens: int, sequence: int) -> LayerBytes:
     norms = 2 if any("mlp" in p.names[0] and "norm" in p.names[0] for p in a.family.tensors) else 1
     # Inputs and outputs of the norms, queries, keys and values, attention's output, both sides of the activation.
     fused = 2 * norms * hidden + 2 * queries + 2 * keys + (up + 1) * ffn
-    extra = queries + keys + (0 if a.family.fused_activation else ffn)
+    extra = queries + keys + ffn
     gathered = 2 * keys * sequence if sequence > tokens else 0.0
     return LayerBytes(
         ours=b * (tokens * (fused + extra) + gathered),
@@ -207,7 +207,7 @@ def _training_bytes(sizes: Sizes) -> float:
     if options.recompute_granularity == "full" and options.recompute_method == "uniform":
         assert options.recompute_num_layers is not None
         stored = again * layer.input / options.recompute_num_layers + (options.recompute_num_layers - 1) * kept
-    working = kept * (1.3 if again else 0.6)  # one layer, run again, and gradients within it
+    working = kept * (1.3 if again else 1.0)  # one layer, run again, and gradients within it
     working += 4 * layer.gathered  # gathered keys and values once more, their gradients, and these in fp32
     head = sizes.architecture.hidden_size * sizes.bytes_of_a_number
     loss = min(float(sizes.keep_logits_mib << 20), tokens * 2.0 * sizes.architecture.vocab_size)

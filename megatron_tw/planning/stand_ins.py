@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron_tw.losses import chunked_head, linear_cross_entropy, row_exchange
@@ -66,7 +67,8 @@ def do_without_numbers(targets_with_weight: float) -> None:
     def chosen(self: Any, chosen_GL: Tensor) -> Tensor:
         agree(self, chosen_GL)
         # Drawn, not evenly spread: shards of a row have more or fewer, and the fullest decides what is sent.
-        return torch.rand(chosen_GL.shape, generator=generator).lt(targets_with_weight)
+        with unset_fake_temporarily():  # else the draws would be numbers that nobody knows, as all in floating point
+            return torch.rand(chosen_GL.shape, generator=generator).lt(targets_with_weight)
 
     row_exchange.RowExchange.agree = chosen  # type: ignore[method-assign]
 
