@@ -49,6 +49,7 @@ PRELOAD = [
     "megatron.core.optimizer",
     "megatron.core.dist_checkpointing",
     "megatron.core.pipeline_parallel.schedules",
+    "megatron.training.training",  # in the wheels from 0.17 on
 ]
 
 

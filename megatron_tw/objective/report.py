@@ -130,6 +130,33 @@ class StepReport:
             "loss_rows": total["loss_rows"],
         }
 
+    def fractions(self, sums: Tensor, *, scored: bool) -> dict[str, tuple[Tensor, Tensor]]:
+        """The single numbers of `metrics` as sums that may still be added up, and what to divide them by then; and
+        lm_loss_beyond (when `scored` also short_lm_loss_beyond), of targets at `old_context` and later alone.
+
+        sums: [size] fp64.
+        """
+        total = dict(zip(_SUMS, sums, strict=False))
+        by_position = dict(zip(_POSITION_SUMS, sums[len(_SUMS) :].reshape(len(_POSITION_SUMS), -1), strict=True))
+        first_beyond = sum(edge < self.old_context for edge in self.edges)
+        beyond = {name: of_buckets[first_beyond:].sum() for name, of_buckets in by_position.items()}
+        targets = total["targets"]
+        fractions = {
+            "weighted_loss": (total["weighted_nll"], targets),
+            "lm_loss": (total["nll"], targets),
+            "lm_loss_beyond": (beyond["nll"], beyond["targets"]),
+            "weight_mean": (total["weights"], targets),
+            "weight_std": (total["weight_std"], total["rows"]),
+            "weight_entropy": (total["weight_entropy"], total["rows"]),
+            "effective_sample_size": (total["effective_targets"], targets),
+            "zero_weight_share": (total["zero_weights"], targets),
+            "weight_share_beyond_context": (total["weights_beyond"], total["weights"]),
+        }
+        if scored:
+            fractions["short_lm_loss"] = (by_position["short_nll"].sum(), targets)
+            fractions["short_lm_loss_beyond"] = (beyond["short_nll"], beyond["targets"])
+        return fractions
+
     def _bucket(self, index: int, total: dict[str, float], scored: bool) -> dict[str, Any]:
         """Means over the bucket's targets; None where there are none."""
         targets = total["targets"]

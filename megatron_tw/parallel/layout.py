@@ -108,6 +108,13 @@ def make_layout(config: ParallelConfig, *, num_model_chunks: int | None = None, 
     # Tensor-parallel regions fork a random state of their own; nothing is dropped out in the models here, but they
     # ask for it.
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return current_layout(num_model_chunks)
+
+
+def current_layout(num_model_chunks: int | None = None) -> Layout:
+    """The groups that Megatron-Core has, whoever made them, and this rank's place in them."""
+    from megatron.core import parallel_state as mpu
+
     return Layout(
         world_size=dist.get_world_size(),
         rank=dist.get_rank(),
@@ -142,7 +149,8 @@ def destroy_layout() -> None:
     unset_num_microbatches_calculator()
     _window_groups.clear()
     for group in groups:
-        dist.destroy_process_group(group)
+        if group in dist.distributed_c10d._world.pg_map:  # Megatron-Core destroys some that it made beside NCCL's
+            dist.destroy_process_group(group)
 
 
 _window_groups: list[dist.ProcessGroup] = []
