@@ -113,9 +113,13 @@ class TokenWeightingConfig:
         return decided
 
 
+_ARGUMENTS = {"name": "weighting", "schedule": "weighting_schedule", "window": "short_window", "stride": "short_stride"}
+"""What the library calls otherwise."""
+
+
 @contextmanager
 def arguments_named() -> Iterator[None]:
-    """Errors that name an option as programs have it (--short-window) name the argument (short_window)."""
+    """Errors name the argument as TokenWeightingConfig has it, not as programs (--short-window) or the library do."""
     try:
         yield
     except ValueError as error:
@@ -126,8 +130,11 @@ def _argument_names(text: str) -> str:
     """
     >>> _argument_names("--short-window: expected more than --short-stride, got -1")
     'short_window: expected more than short_stride, got -1'
+    >>> _argument_names("`name`: expected one of uniform, dense, got 'dens'")
+    "weighting: expected one of uniform, dense, got 'dens'"
     """
-    return re.sub(r"--([a-z][a-z-]*)", lambda name: name[1].replace("-", "_"), text)
+    text = re.sub(r"--([a-z][a-z-]*)", lambda name: name[1].replace("-", "_"), text)
+    return re.sub(r"`(\w+)`", lambda name: _ARGUMENTS.get(name[1], name[1]), text)
 
 
 def as_config(value: Any) -> TokenWeightingConfig:
