@@ -75,7 +75,7 @@ def pretrain(arguments: str) -> str:
         for model in models:
             for parameter in model.parameters():
                 digest.update(parameter.detach().numpy().tobytes())
-            assert "compute_language_model_loss" not in vars(model), "what is rebound for a step is given back after it"
+            assert "compute_language_model_loss" not in vars(model), "what is set for a step is given back after it"
             assert not hasattr(model, "output_layer") or "forward" not in vars(model.output_layer)
         return digest.hexdigest()
     finally:

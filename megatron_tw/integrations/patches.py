@@ -73,6 +73,10 @@ PATCHES = (
     ),
 )
 
+WITHIN_A_STEP = ("output_layer.forward", "compute_language_model_loss", "rotary_pos_emb")
+"""Attributes of the model that are set for the time of one schedule, and given back at its end (hidden_loss.py; the
+last one only with this project's attention, own_attention.py)."""
+
 
 def patches_of(integration: str) -> tuple[Patch, ...]:
     """The rows of the table that this integration rebinds."""

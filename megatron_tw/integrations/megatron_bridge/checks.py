@@ -5,6 +5,8 @@ from typing import Any
 from megatron_tw.integrations.megatron_lm.checks import REFUSED
 from megatron_tw.integrations.megatron_lm.options import TokenWeightingOptions
 
+_PACKING = ("packed_sequence_specs", "offline_packing_specs", "enable_offline_packing", "enable_in_batch_packing")
+
 
 def check_config(config: Any, options: TokenWeightingOptions) -> None:
     """That a run with this ConfigContainer can be token-weighted.
@@ -29,11 +31,12 @@ def check_config(config: Any, options: TokenWeightingOptions) -> None:
             'dataset.dataloader_type: expected "single" or "cyclic" with token weighting, got "batch": rows must have '
             "one length"
         )
-    packing = getattr(config.dataset, "packed_sequence_specs", None)
-    if packing is not None and getattr(packing, "packed_sequence_size", 1) > 0:
-        raise ValueError(
-            "dataset.packed_sequence_specs: cannot go with token weighting: packed rows have no fixed length"
-        )
+    for name in _PACKING:
+        value = getattr(config.dataset, name, None)
+        if value:
+            raise ValueError(
+                f"dataset.{name}: cannot go with token weighting, got {value}: packed rows have no fixed length"
+            )
     if getattr(config, "peft", None) is not None:
         raise ValueError("peft: cannot go with token weighting: it was not tried")
     options.check(config.model.seq_length)
