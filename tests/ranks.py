@@ -14,6 +14,7 @@ A rank lives across `run` calls and keeps its default process group, so whatever
 patches), that test takes down.
 """
 
+import contextlib
 import gc
 import importlib
 import os
@@ -145,8 +146,9 @@ class RankPool:
         for process in self._processes:
             process.join(max(0.0, deadline - time.monotonic()))
             if process.is_alive():
-                for child in psutil.Process(process.pid).children(recursive=True):
-                    child.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):  # it may end by itself at any moment
+                    for child in psutil.Process(process.pid).children(recursive=True):
+                        child.kill()
                 process.kill()
                 process.join()
         shutil.rmtree(self._store_dir, ignore_errors=True)

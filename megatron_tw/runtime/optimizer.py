@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
@@ -72,14 +73,34 @@ def make_optimizer(model: Sequence[DistributedDataParallel], config: RunConfig) 
     return optimizer
 
 
+_GROUP_KEYS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+"""What tells parameter groups apart."""
+
+
 def load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     """Take over a checkpoint's optimizer state. Numbers of the parameter groups that it does not have stay as this
     optimizer was made with them: torch's AdamW saves no `bias_correction`, which Transformer Engine's reads."""
     made = [dict(group) for group in optimizer.param_groups]
+    _find_groups_again(made, [state] if "optimizer" in state else list(state.values()))
     optimizer.load_state_dict(state)
     for group, before in zip(optimizer.param_groups, made, strict=True):
         for name in before.keys() - group.keys():
             group[name] = before[name]
+
+
+def _find_groups_again(made: Sequence[dict[str, Any]], states: Sequence[dict[str, Any]]) -> None:
+    """Give saved groups this run's options, where Megatron-Core (from 0.19) tells groups apart by options too: it would
+    not find those of a run with another learning rate, or those that an earlier version saved.
+    """
+    options = [key for key in param_group_identifier_keys if key not in _GROUP_KEYS]
+    own = {tuple(group.get(key) for key in _GROUP_KEYS): group for group in made}
+    for state in states:
+        for saved in state["optimizer"]["param_groups"]:
+            group = own.get(tuple(saved.get(key) for key in _GROUP_KEYS))
+            if group is not None:
+                for key in options:
+                    saved.pop(key, None)
+                saved.update({key: group[key] for key in options if key in group})
 
 
 def use_options(optimizer: MegatronOptimizer, options: OptimizationConfig) -> None:
