@@ -1,12 +1,14 @@
 """The loss against others, in one run: time, memory and share of the FLOP floor for a share kappa of weighted tokens.
 
     python tools/benchmarks/loss.py --output DIR          # 2 CPU cores, fp32: the shape of docs/loss.md
-    python tools/benchmarks/loss.py --tokens 32768 --hidden 4096 --vocab 128256 --dtype bf16 --tp 1 --output DIR  # GPU
+    python tools/benchmarks/loss.py --llama3-8b --output DIR          # bf16, against its bounds: a GPU with 80 GB
+    python tools/benchmarks/loss.py --llama3-8b --tokens 8192 --sweep --output DIR    # over chunk and tile sizes
 
 Ranks are started by the script itself. Every candidate computes the weighted sum of per-token NLLs and its gradients.
 Times are medians of interleaved repetitions after a warm-up, of the slowest rank. Memory is the peak beyond inputs and
 gradients: of the process on a CPU (Linux), of the allocator on a GPU. The floor is the FLOPs that the weights ask for,
 2 * tokens * hidden * vocab / tp * (1 + 2 * kappa) (each kept logit made once), at the GEMM rate measured meanwhile.
+Ratios to Megatron-Core are also given from the lowest to the highest repetition.
 """
 
 import argparse
@@ -16,9 +18,10 @@ import importlib.util
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from process_memory import status_bytes
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,10 +38,13 @@ from megatron_tw.parallel.devices import Device, prepare_device, synchronize
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OURS, KEEPING, MEGATRON = "ours", "ours, logits kept", "Megatron-Core"
+LLAMA3_8B = {"tokens": 32768, "hidden": 4096, "vocab": 128256, "dtype": "bf16", "tp": [1]}
+SWEEP_CHUNKS, SWEEP_TILES_MIB = (2048, 4096, 8192), (8, 32, 128)
+BOUNDS = "extra memory at most 1/20 and kappa 0.2 at most 0.6 x of Megatron-Core; dense at 85% of the GEMM rate or more"
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden [S, 1, H], weight [V / tp, H], labels [S, 1] -> NLL [S, 1]
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--hidden", type=int, default=512)
@@ -55,8 +62,12 @@ def main() -> None:
         default="wall",
         help="cpu: processor time, for a machine that others use too",
     )
+    parser.add_argument("--llama3-8b", action="store_true", help=f"its shape in bf16 at TP 1, against bounds: {BOUNDS}")
+    parser.add_argument("--sweep", action="store_true", help="ours over chunk and tile sizes instead")
     parser.add_argument("--output", type=Path, required=True, help="folder for loss_benchmark.json and .png")
-    options = parser.parse_args()
+    if "--llama3-8b" in arguments:
+        parser.set_defaults(**LLAMA3_8B)
+    options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     results: dict[str, list[dict[str, Any]]] = {}
     for tp_size in options.tp:
@@ -65,18 +76,61 @@ def main() -> None:
             results[str(tp_size)] = json.loads(Path(folder, "rows.json").read_text())
         print_table(tp_size, results[str(tp_size)])
     settings = {name: str(value) for name, value in vars(options).items() if name != "output"}
+    settings["processor"] = processor()
+    print(f"\n{settings['processor']}, torch {torch.__version__}")
     text = json.dumps({"settings": settings, "torch": torch.__version__, "results": results}, indent=1)
     (options.output / "loss_benchmark.json").write_text(text)
     plot(results, options)
     print(f"wrote loss_benchmark.json and .png to {options.output}")
+    if options.llama3_8b and not options.sweep:
+        broken = broken_bounds(results["1"])
+        print(f"bounds: {BOUNDS}: {'held' if not broken else 'NOT HELD'}")
+        if broken:
+            sys.exit("error: " + "; ".join(broken))
+
+
+def processor() -> str:
+    """What the times are of."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(models)} cores of {models[0]}" if models else "unknown processor"
+
+
+def broken_bounds(rows: list[dict[str, Any]]) -> list[str]:
+    """Which bounds of BOUNDS do not hold, in words."""
+    by_case = {(row["candidate"], row["kappa"]): row for row in rows}
+    base, broken = by_case[MEGATRON, 1.0], []
+    for (name, kappa), row in by_case.items():
+        memory, time_ratio = (row[key] / base[key] for key in ("extra_bytes", "seconds"))
+        if name == OURS and memory > 1 / 20:
+            broken.append(f"{name} at kappa {kappa:g} takes {memory:.3f} of the memory")
+        if name == OURS and kappa <= 0.2 and time_ratio > 0.6:
+            broken.append(f"{name} at kappa {kappa:g} takes {time_ratio:.2f} x the time")
+        # Ours makes the logits twice: 4 GEMMs where the floor counts 3.
+        rate = row["share_of_floor"] * (4 / 3 if name == OURS else 1)
+        if name in (OURS, KEEPING) and kappa == 1 and rate < 0.85:
+            broken.append(f"{name} runs at {rate:.0%} of the GEMM rate")
+    return broken
 
 
 # ---- candidates ----
 
 
-def make_candidates(device: Device, tp_size: int, hidden: Tensor, vocab: int) -> dict[str, tuple[bool, Loss]]:
+def make_candidates(
+    device: Device, tp_size: int, hidden: Tensor, vocab: int, *, sweep: bool
+) -> dict[str, tuple[bool, Loss]]:
     """Name to (whether it is meant for weights that are often zero, loss); `vocab` entries on this rank."""
     group = dist.group.WORLD if tp_size > 1 else None
+    if sweep:
+        sized = {OURS: (True, partial(linear_cross_entropy, tp_group=group))}
+        for chunk in SWEEP_CHUNKS:
+            for mib in SWEEP_TILES_MIB:
+                entries = max(1, (mib << 20) // (chunk * hidden.element_size()))
+                loss = partial(linear_cross_entropy, tp_group=group, chunk_tokens=chunk, tile_entries=entries)
+                sized[f"{chunk} tokens, {mib} MiB"] = (True, loss)
+        return sized | {MEGATRON: (False, megatron_loss(hidden, vocab * tp_size))}
     keep_all = len(hidden) * vocab * hidden.element_size()
     ours = partial(linear_cross_entropy, tp_group=group)
     candidates: dict[str, tuple[bool, Loss]] = {
@@ -170,7 +224,7 @@ def measure_rank(rank: int, tp_size: int, options: argparse.Namespace, folder: s
     order = torch.rand(options.tokens, 1, generator=generator).to(device.device)
     weight = 0.02 * torch.randn(options.vocab // tp_size, options.hidden, generator=generator.manual_seed(rank))
     weight = weight.to(device.device, hidden.dtype).requires_grad_()
-    candidates = make_candidates(device, tp_size, hidden, options.vocab // tp_size)
+    candidates = make_candidates(device, tp_size, hidden, options.vocab // tp_size, sweep=options.sweep)
     inputs = hidden, weight, labels
     if hidden.dtype != torch.float32:  # as Megatron's DistributedDataParallel has it
         weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)  # type: ignore[attr-defined]
@@ -195,10 +249,12 @@ def measure_rank(rank: int, tp_size: int, options: argparse.Namespace, folder: s
             progress.update()
     progress.close()
     rows = []
+    base = [both for _, both in times[MEGATRON, 1.0]]
     for name, kappa, *_ in cases:
         forward, both = (statistics.median(column) for column in zip(*times[name, kappa], strict=True))
         floor = statistics.median(gemm_seconds) * (1 + 2 * kappa)
         row = {"candidate": name, "kappa": kappa, "forward_seconds": forward, "seconds": both}
+        row["ratios"] = [own / other for (_, own), other in zip(times[name, kappa], base, strict=True)]
         rows.append(row | {"share_of_floor": floor / both, "extra_bytes": memory[name, kappa]})
     if rank == 0:
         Path(folder, "rows.json").write_text(json.dumps(rows))
@@ -257,22 +313,18 @@ def extra_bytes(work: Callable[[], Iterator[None]], device: Device, leaves: tupl
     return status_bytes("VmHWM") - before - gradient_bytes
 
 
-def status_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
-
-
 # ---- what comes out ----
 
 
 def print_table(tp_size: int, rows: list[dict[str, Any]]) -> None:
     base = next(row for row in rows if row["candidate"] == MEGATRON)
     print(f"\nTP {tp_size}; x: times {MEGATRON}")
-    print(f"{'candidate':20} kappa  forward s  fwd+bwd s      x  of floor  extra MiB       x")
+    print(f"{'candidate':20} kappa  forward s  fwd+bwd s      x  lowest-highest  of floor  extra MiB       x")
     for row in rows:
         print(
             f"{row['candidate']:20} {row['kappa']:5g} {row['forward_seconds']:10.3f} {row['seconds']:10.3f} "
-            f"{row['seconds'] / base['seconds']:6.2f} {row['share_of_floor']:9.0%} {row['extra_bytes'] / 2**20:10.1f} "
+            f"{row['seconds'] / base['seconds']:6.2f}     {min(row['ratios']):.2f} - {max(row['ratios']):.2f} "
+            f"{row['share_of_floor']:9.0%} {row['extra_bytes'] / 2**20:10.1f} "
             f"{row['extra_bytes'] / base['extra_bytes']:7.3f}"
         )
 
@@ -296,4 +348,4 @@ def plot(results: dict[str, list[dict[str, Any]]], options: argparse.Namespace) 
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
