@@ -79,7 +79,7 @@ def as_markdown(figures: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str]) -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -90,7 +90,11 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--head-size", type=int, default=128)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="for the figures, as JSON")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    options = build_parser().parse_args(arguments)
     figures = [measure(options, keys) for keys in options.keys]
     options.output.write_text(json.dumps(figures, indent=1))
     print(as_markdown(figures))

@@ -94,7 +94,7 @@ def write_inputs(options: argparse.Namespace, folder: Path) -> None:
     prepare_rows([file], folder / "rows", seq_length=options.seq_length, tokenizer=None, vocab_size=options.vocab_size)
 
 
-def main(arguments: Sequence[str]) -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -104,7 +104,11 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--seq-length", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--folder", help="where the checkpoints are written (default: the system's)")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    options = build_parser().parse_args(arguments)
     warnings.filterwarnings("ignore", module="torch|megatron")
     start_process_group(prepare_device(), 10)
     with tempfile.TemporaryDirectory(dir=options.folder) as own:

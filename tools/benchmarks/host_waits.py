@@ -20,7 +20,7 @@ from megatron_tw.parallel.devices import Device
 
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "repeat_interleave")
 """Operations whose result the host has to know; an index by a mask is one with `nonzero` in it."""
-PACKAGES = ("megatron_tw", "megatron/core", "transformer_engine", "torch")
+PACKAGES = ("megatron_tw", "megatron/core", "transformer_engine")
 
 
 @dataclass
@@ -83,10 +83,13 @@ class _CountReads(TorchDispatchMode):
 
 def _place() -> str:
     """The line of code that waits: the innermost one of the project, else of Megatron-Core, else any."""
-    frames = [frame for frame in traceback.extract_stack(sys._getframe(1)) if frame.filename != __file__]
+    frames = [
+        frame
+        for frame in traceback.extract_stack(sys._getframe(1))
+        if frame.filename != __file__ and "/torch/" not in frame.filename
+    ]
     for package in PACKAGES:
         for frame in reversed(frames):
             if f"/{package}/" in frame.filename:
-                name = package + frame.filename.rsplit(f"/{package}/", 1)[1].join(("/", ""))
-                return f"{name}:{frame.lineno}"
+                return f"{package}/{frame.filename.rsplit(f'/{package}/', 1)[1]}:{frame.lineno}"
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"

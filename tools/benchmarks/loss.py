@@ -44,7 +44,7 @@ BOUNDS = "extra memory at most 1/20 and kappa 0.2 at most 0.6 x of Megatron-Core
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden [S, 1, H], weight [V / tp, H], labels [S, 1] -> NLL [S, 1]
 
 
-def main(arguments: Sequence[str]) -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--hidden", type=int, default=512)
@@ -65,6 +65,11 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--llama3-8b", action="store_true", help=f"its shape in bf16 at TP 1, against bounds: {BOUNDS}")
     parser.add_argument("--sweep", action="store_true", help="ours over chunk and tile sizes instead")
     parser.add_argument("--output", type=Path, required=True, help="folder for loss_benchmark.json and .png")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = build_parser()
     if "--llama3-8b" in arguments:
         parser.set_defaults(**LLAMA3_8B)
     options = parser.parse_args(arguments)

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Everything worth knowing on a machine with GPUs, in one command: under 10 minutes on one GPU, more on several.
+#
+#   bash tools/gpu_check.sh [--output DIR] [--only PART ...] [--toy]
+#
+# Writes DIR/report.md (default: output/gpu_check), meant for docs/measurements.md, and each part's log. A part that fails
+# is reported as failed, and the rest goes on; the exit status is 0 if all passed. Without a GPU it runs fewer parts at
+# toy size.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source tools/setup_env.sh
+exec python tools/benchmarks/gpu_check.py "$@"
