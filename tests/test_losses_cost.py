@@ -128,7 +128,7 @@ def test_large_buffers_ask_for_huge_pages():
     """The kernel marks what was asked for; whether it has such pages to give is another matter."""
     buffer = advise_huge_pages(torch.empty(LEAST_BYTES // 4))
     page = buffer.data_ptr() + buffer.nbytes // 2
-    flags = ""
+    flags: list[str] = []
     for line in Path("/proc/self/smaps").read_text().splitlines():
         words = line.split()
         if re.fullmatch("[0-9a-f]+-[0-9a-f]+", words[0]):

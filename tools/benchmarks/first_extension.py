@@ -21,6 +21,7 @@ import sys
 import sysconfig
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import smollm2
@@ -28,7 +29,7 @@ import smollm2
 ROOT = Path(__file__).resolve().parents[2]
 HELD_OUT_SHARE = 0.1
 LEFT_OUT_FOLDERS = {"test", "tests", "testing", "idle_test", "__pycache__", "site-packages", "dist-packages"}
-"""Test suites repeat themselves; installed packages are in a folder of the standard library's, and a root of their own."""
+"""Test suites repeat themselves; installed packages lie within the standard library, and are a root of their own."""
 SCHEMES = {
     "uniform": ("--weighting", "uniform"),
     "dense": ("--weighting", "dense", "--interpolation", "0.75"),
@@ -112,17 +113,12 @@ def extend(options: argparse.Namespace, run: Run) -> None:
     for side, folder in rows.items():
         length = ["--seq-length", str(options.seq_length), "--bos-id", str(options.bos_id)]
         source = ["--input", str(corpus / f"{side}.jsonl"), "--tokenizer", str(model), "--output", str(folder)]
-        once(f"rows/{side}", lambda source=source, length=length: run("preprocess", [*source, *length]))  # type: ignore[misc]
+        once(f"rows/{side}", partial(run, "preprocess", [*source, *length]))
     for name in ("base", *options.schemes):
-        load = output / "train" / name
+        folder = output / "train" / name
         if name != "base":
-            once(
-                f"train/{name}", lambda load=load, name=name: run("train", _training(options, model, rows, load, name))
-            )  # type: ignore[misc]
-        once(
-            f"evaluation/{name}",
-            lambda load=load, name=name: run("evaluate", _evaluation(options, model, rows, load, name)),
-        )  # type: ignore[misc]
+            once(f"train/{name}", partial(run, "train", _training(options, model, rows, folder, name)))
+        once(f"evaluation/{name}", partial(run, "evaluate", _evaluation(options, model, rows, folder, name)))
     evaluations = [f"{name}={output / 'evaluation' / name}" for name in ("base", *options.schemes)]
     trained = [f"{name}={output / 'train' / name}" for name in options.schemes]
     title = f"From {options.context:,} to {options.seq_length:,} tokens of source code"

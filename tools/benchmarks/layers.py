@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -111,7 +112,7 @@ def measure_ours(options: argparse.Namespace) -> dict[str, Any]:
             "peak_bytes": max(peaks),
         }
     if len(batches) > 1:
-        one, all_of_them = (host_waits(device, lambda count=count: step(count)) for count in (1, None))
+        one, all_of_them = (host_waits(device, partial(step, count)) for count in (1, None))
         more = len(batches) - 1
         figures["waits"] = {
             "scheme": name,
@@ -252,7 +253,7 @@ def _half_the_layers(options: argparse.Namespace) -> Any:
 
 def measure_all(options: argparse.Namespace) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
-    figures = {
+    figures: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "settings": {name: value for name, value in vars(options).items() if name != "output"},
         OURS: in_own_process(OURS, options),
