@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from megatron_tw.weighting import WeightingConfig, plan_windows, token_weights
 
 SEQ_LENGTH, WINDOW, STRIDE = 32768, 8192, 6144
-SCHEMES = {
+SCHEMES: dict[str, tuple[str, dict[str, float]]] = {
     "dense": ("#D55E00", {}),
     "sparse": ("#009E73", {}),
     "longce": ("#CC79A7", {}),
