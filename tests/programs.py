@@ -104,6 +104,9 @@ class Programs:
 
 def serve(address: str) -> None:
     """Fork a process for each question that comes."""
+    from megatron_tw.config.quiet import quiet_libraries
+
+    quiet_libraries()  # as a program does before it imports them
     for module in [*(f"tools.{name}" for name in TOOLS.values()), *LATER]:
         importlib.import_module(module)
     import gc

@@ -225,46 +225,49 @@ def test_which_schemes_need_a_scorer():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: WeightingConfig.preset("dens"), "--weighting: expected one of uniform, dense, .*got 'dens'"),
+        (lambda: WeightingConfig.preset("dens"), "`name`: expected one of uniform, dense, .*got 'dens'"),
         (
             lambda: WeightingConfig.preset("dense", sparsification=0.2),
-            "--sparsification: --weighting dense takes interpolation",
+            "`sparsification`: the scheme dense takes interpolation",
         ),
-        (lambda: WeightingConfig.preset("uniform", shift=2), "--shift: --weighting uniform takes no parameter"),
-        (lambda: WeightingConfig.preset("ppmi", shift=0), "--shift: expected a number > 0, got '0'"),
-        (lambda: WeightingConfig.preset("npmi", shift=None), "--shift: expected a number > 0, got 'None'"),
-        (lambda: WeightingConfig.preset("exact", tau=0), "--tau: "),
-        (lambda: WeightingConfig.preset("exact", alpha=None), "--alpha: .*got None"),
+        (lambda: WeightingConfig.preset("uniform", shift=2), "`shift`: the scheme uniform takes no parameter"),
+        (lambda: WeightingConfig.preset("ppmi", shift=0), "`shift`: expected a number > 0, got '0'"),
+        (lambda: WeightingConfig.preset("npmi", shift=None), "`shift`: expected a number > 0, got 'None'"),
+        (lambda: WeightingConfig.preset("exact", tau=0), "`tau`: "),
+        (lambda: WeightingConfig.preset("exact", alpha=None), "`alpha`: .*got None"),
         (
             lambda: WeightingConfig(comparison="ratio"),
-            "--comparison: expected one of difference, quotient, got 'ratio'",
+            "`comparison`: expected one of difference, quotient, got 'ratio'",
         ),
-        (lambda: WeightingConfig(normalization="L1"), "--normalization: expected one of l1, softmax, got 'L1'"),
-        (lambda: WeightingConfig(transforms=("sqrt",)), "--transforms: expected any of minus, .*got 'sqrt'"),
-        (lambda: WeightingConfig(transforms=("",)), "--transforms: .*got ''"),
-        (lambda: WeightingConfig(transforms=("shift",)), "--transforms: .*got 'shift'"),
-        (lambda: WeightingConfig(transforms=("minus 2",)), "--transforms: .*got 'minus 2'"),
-        (lambda: WeightingConfig(transforms=("shift -1",)), "--shift: expected a number > 0, got '-1'"),
+        (lambda: WeightingConfig(normalization="L1"), "`normalization`: expected one of l1, softmax, got 'L1'"),
+        (lambda: WeightingConfig(transforms=("sqrt",)), "`transforms`: expected any of minus, .*got 'sqrt'"),
+        (lambda: WeightingConfig(transforms=("",)), "`transforms`: .*got ''"),
+        (lambda: WeightingConfig(transforms=("shift",)), "`transforms`: .*got 'shift'"),
+        (lambda: WeightingConfig(transforms=("minus 2",)), "`transforms`: .*got 'minus 2'"),
+        (lambda: WeightingConfig(transforms=("shift -1",)), "`shift`: expected a number > 0, got '-1'"),
         (
             lambda: WeightingConfig(sparsification=0.0),
-            r"--sparsification: expected a finite number in \(0, 1\], got 0.0",
+            r"`sparsification`: expected a finite number in \(0, 1\], got 0.0",
         ),
-        (lambda: WeightingConfig(sparsification=1.5), "--sparsification: .*got 1.5"),
+        (lambda: WeightingConfig(sparsification=1.5), "`sparsification`: .*got 1.5"),
         (
             lambda: WeightingConfig(interpolation=-0.1),
-            r"--interpolation: expected a finite number in \[0, 1\], got -0.1",
+            r"`interpolation`: expected a finite number in \[0, 1\], got -0.1",
         ),
-        (lambda: WeightingConfig(interpolation=True), "--interpolation: .*got True"),
-        (lambda: WeightingConfig(truncation=math.inf), "--truncation: .*got inf"),
-        (lambda: WeightingConfig(truncation=math.nan), "--truncation: .*got nan"),
-        (lambda: token_weights(torch.zeros(2, 3), None, WeightingConfig.preset("dense")), "short_nll, got None"),
+        (lambda: WeightingConfig(interpolation=True), "`interpolation`: .*got True"),
+        (lambda: WeightingConfig(truncation=math.inf), "`truncation`: .*got inf"),
+        (lambda: WeightingConfig(truncation=math.nan), "`truncation`: .*got nan"),
+        (
+            lambda: token_weights(torch.zeros(2, 3), None, WeightingConfig.preset("dense")),
+            "`short_nll`: .* got None",
+        ),
         (lambda: token_weights(torch.zeros(3), None, WeightingConfig.preset("uniform")), r"expected \[rows, targets\]"),
         (
             lambda: token_weights(torch.zeros(2, 3), torch.zeros(2, 4), WeightingConfig.preset("dense")),
-            "short_nll: .*shape",
+            "`short_nll`: .*shape",
         ),
     ],
 )
-def test_bad_settings_name_the_option(call, message):
+def test_bad_settings_name_the_argument(call, message):
     with pytest.raises(ValueError, match=message):
         call()

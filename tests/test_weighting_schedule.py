@@ -81,10 +81,10 @@ def test_base_is_the_scheme_of_the_other_options():
         ("dense", "expected 'STEP: SCHEME .*got 'dense'"),
         ("0: dense 0.5", "expected 'STEP: SCHEME .*got '0: dense 0.5'"),
         ("0: dense interpolation=much", "in '0: dense interpolation=much': could not convert"),
-        ("0: dense interpolation=2", r"in '0: dense interpolation=2': --interpolation: .*\[0, 1\], got 2.0"),
-        ("0: densest", "in '0: densest': --weighting: expected one of uniform"),
-        ("0: sparse interpolation=0.5", "in '.*': --interpolation: --weighting sparse takes sparsification"),
-        ("0: base", "base stands for the scheme of --weighting"),
+        ("0: dense interpolation=2", r"in '0: dense interpolation=2': `interpolation`: .*\[0, 1\], got 2.0"),
+        ("0: densest", "in '0: densest': `name`: expected one of uniform"),
+        ("0: sparse interpolation=0.5", "in '.*': `interpolation`: the scheme sparse takes sparsification"),
+        ("0: base", "base stands for the argument `base`, which is not given"),
         ("0: dense; 9 linear: sparse", "sparsification cannot move from None to 0.2"),
         ("0: dense; 9 linear: longce", "only the numbers of one scheme can move"),
         ("0: dense; 9 linear: exact", "only the numbers of one scheme can move"),
@@ -93,7 +93,7 @@ def test_base_is_the_scheme_of_the_other_options():
     ],
 )
 def test_bad_schedules_say_what_is_wrong(entries, message):
-    with pytest.raises(ValueError, match=f"^--weighting-schedule: .*{message}"):
+    with pytest.raises(ValueError, match=f"^`schedule`: .*{message}"):
         parse_schedule(entries)
 
 
@@ -129,7 +129,9 @@ def test_options_make_a_scheme(options, expected):
         ({"weighting": "dense", "shift": 2.0}, "--shift: --weighting dense does not have"),
         ({"weighting": "custom", "shift": 2.0}, "--shift: a custom scheme says it in --transforms"),
         ({"weighting": "custom", "tau": 2.0}, "--tau: a custom scheme does not have"),
-        ({"weighting_schedule": "0: dens"}, "--weighting-schedule: in '0: dens'"),
+        ({"weighting_schedule": "0: dens"}, "--weighting-schedule: in '0: dens': --weighting: expected one of uniform"),
+        ({"weighting_schedule": "0: exact eps=-1"}, "in '0: exact eps=-1': --weighting-parameters eps: expected a"),
+        ({"weighting_schedule": "0: dense tau=9"}, "in '0: dense tau=9': --tau: the scheme dense takes interpolation"),
         ({"weighting": "custom"}, "--weighting custom: expected --transforms"),
         (
             {"weighting": "dense", "weighting_schedule": "0: sparse"},
@@ -176,7 +178,7 @@ def test_no_target_is_left_out_where_uniform_is_mixed_in():
 
 def test_the_tail_of_exact_lies_within_the_row():
     parse_schedule("0: exact tau=255").check_rows(256)
-    with pytest.raises(ValueError, match="--tau: expected less than the 256 tokens of a row, got 256"):
+    with pytest.raises(ValueError, match="`tau`: expected less than the 256 tokens of a row, got 256"):
         parse_schedule("0: uniform; 9: exact tau=256").check_rows(256)
 
 

@@ -45,12 +45,12 @@ def test_published_plans():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: plan_windows(64, 65, 8, include_first=True), "--short-window: expected 2 to 64, .*got 65"),
-        (lambda: plan_windows(64, 1, 1, include_first=True), "--short-window: .*got 1"),
-        (lambda: plan_windows(64, 16, 16, include_first=True), "--short-stride: expected 1 to 15 .*got 16"),
-        (lambda: plan_windows(64, 16, 0, include_first=True), "--short-stride: .*got 0"),
+        (lambda: plan_windows(64, 65, 8, include_first=True), "`window`: expected 2 to 64, .*got 65"),
+        (lambda: plan_windows(64, 1, 1, include_first=True), "`window`: .*got 1"),
+        (lambda: plan_windows(64, 16, 16, include_first=True), "`stride`: expected 1 to 15 .*got 16"),
+        (lambda: plan_windows(64, 16, 0, include_first=True), "`stride`: .*got 0"),
     ],
 )
-def test_bad_plans_name_the_option(call, message):
+def test_bad_plans_name_the_argument(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -7,12 +7,13 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_tw.config.options import flag
+from megatron_tw.config.quiet import quiet_libraries
 
 _PROJECT = Path(__file__).resolve().parents[2]
 GRACE_SECONDS = 5.0
@@ -45,6 +46,7 @@ def user_errors() -> Iterator[None]:
 
     A ValueError from inside a library is nobody's wrong option and keeps its traceback. An option whose value came from
     a YAML file is told with that file's name. Where nobody reads the output any more (`| head`), the program goes on.
+    Warnings of libraries that help nobody are not shown.
 
     Under a launcher most mistakes are seen by every rank at once; rank 0 tells. The others wait GRACE_SECONDS first, in
     which the launcher ends them: without that, the first of them to leave would make the launcher end rank 0 before it
@@ -52,6 +54,7 @@ def user_errors() -> Iterator[None]:
     goes into the file from which torchrun makes its summary, so that it stands there, at the end, once.
     """
     _outlive_readers()
+    quiet_libraries()
     try:
         yield
     except (OSError, ValueError, FaultError) as error:
@@ -68,6 +71,20 @@ def user_errors() -> Iterator[None]:
         if os.environ.get("RANK", "0") == "0":
             print("interrupted", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
+
+
+@contextmanager
+def as_options(option: Callable[[str], str] = flag) -> Iterator[None]:
+    """Around calls of the library with what options say: in its errors an `argument` becomes the option's name.
+
+    option: the flag that stands for an argument.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if not _raised_here(error):
+            raise
+        raise ValueError(re.sub(r"`(\w+)`", lambda match: option(match[1]), str(error))) from error
 
 
 def _raised_here(error: BaseException) -> bool:

@@ -97,10 +97,9 @@ def make_up_inputs(
     """
     config = _with_a_model(config)
     check_config(config, world_size)
-    schedule = schedule_from_options(config.weighting)
-    check_scorer_options(config, needed=schedule.needs_scorer)
     length = config.data.seq_length
-    schedule.check_rows(length)
+    schedule = schedule_from_options(config.weighting, seq_length=length)
+    check_scorer_options(config, needed=schedule.needs_scorer)
     architecture.check_length(length, "--seq-length")
     source = MadeUpSource(
         architecture.with_rope(config.model, length),

@@ -41,9 +41,8 @@ def open_inputs(config: RunConfig) -> Inputs:
         ValueError: names the option or file that does not fit.
     """
     check_config(config, dist.get_world_size())
-    schedule = schedule_from_options(config.weighting)
+    schedule = schedule_from_options(config.weighting, seq_length=config.data.seq_length)
     check_scorer_options(config, needed=schedule.needs_scorer)
-    schedule.check_rows(config.data.seq_length)
     check_save_target(config.checkpoint.save, config.checkpoint.load)
     _check_folder("--tensorboard-dir", config.logging.tensorboard_dir)
     if config.checkpoint.save_hf is not None:

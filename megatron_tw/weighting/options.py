@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from megatron_tw.config import WeightingOptions
+from megatron_tw.config.errors import as_options
 from megatron_tw.config.options import flag
 from megatron_tw.weighting.schedule import Stage, WeightingSchedule, parse_schedule
 from megatron_tw.weighting.schemes import Scheme, SchemeKind, scheme_kind
@@ -16,15 +17,35 @@ _SETTINGS = [
     if field.name not in ("weighting", "weighting_schedule", "weighting_parameters")
 ]
 """Options that are a scheme's own, under the names that it knows them by."""
+_ARGUMENTS = {"name": "weighting", "schedule": "weighting_schedule"}
+"""Arguments of this folder's functions that are options of another name."""
 
 
-def schedule_from_options(options: WeightingOptions) -> WeightingSchedule:
+def schedule_from_options(options: WeightingOptions, *, seq_length: int | None = None) -> WeightingSchedule:
     """The run's scheme at every step: `--weighting-schedule`, or one scheme throughout.
 
+    seq_length: tokens of a row, where they are known.
+
     Raises:
-        ValueError: a stage that cannot be read, an option that its scheme does not have or that no stage uses, or
-            weights that may be negative; names the option.
+        ValueError: a stage that cannot be read, an option that its scheme does not have or that no stage uses, weights
+            that may be negative, or rows that a stage is not for; names the option.
     """
+    with as_options(_option):
+        schedule = _schedule(options)
+        schedule.check()
+        if seq_length is not None:
+            schedule.check_rows(seq_length)
+    return schedule
+
+
+def _option(argument: str) -> str:
+    """The option that stands for an argument."""
+    name = _ARGUMENTS.get(argument, argument)
+    own_number = name not in (*_SETTINGS, *_ARGUMENTS.values())
+    return f"--weighting-parameters {name}" if own_number else flag(name)
+
+
+def _schedule(options: WeightingOptions) -> WeightingSchedule:
     scheme = _scheme_from_options(options)
     if options.weighting_schedule is None:
         schedule = WeightingSchedule((Stage(0, None, scheme),))
@@ -34,7 +55,6 @@ def schedule_from_options(options: WeightingOptions) -> WeightingSchedule:
             stage.scheme == scheme for stage in schedule.stages
         ):
             raise ValueError(f"--weighting-schedule: no stage is base, the scheme of --weighting {options.weighting}")
-    schedule.check()
     return schedule
 
 

@@ -42,12 +42,10 @@ class WeightingSchedule:
     def __post_init__(self) -> None:
         steps = [stage.step for stage in self.stages]
         if not steps or steps[0] != 0 or self.stages[0].move is not None:
-            raise ValueError("--weighting-schedule: expected the first stage at step 0, without linear or cosine")
+            raise ValueError("`schedule`: expected the first stage at step 0, without linear or cosine")
         for before, stage in zip(self.stages, self.stages[1:], strict=False):
             if stage.step <= before.step:
-                raise ValueError(
-                    f"--weighting-schedule: expected steps in rising order, got {stage.step} after {before.step}"
-                )
+                raise ValueError(f"`schedule`: expected steps in rising order, got {stage.step} after {before.step}")
             if stage.move is not None:
                 _mix(before.scheme, stage.scheme, 0.5)  # raises now, not in the middle of a run
 
@@ -76,31 +74,31 @@ class WeightingSchedule:
         return any(stage.scheme.leaves_targets_out for stage in self.stages)
 
     def check(self) -> None:
-        """Raises ValueError where the weights of a stage could do harm; names the option."""
+        """Raises ValueError where the weights of a stage could do harm."""
         for stage in self.stages:
             stage.scheme.check()
 
     def check_rows(self, seq_length: int) -> None:
-        """Raises ValueError where rows of `seq_length` tokens are not what a stage is for; names the option."""
+        """Raises ValueError where rows of `seq_length` tokens are not what a stage is for."""
         for stage in self.stages:
             stage.scheme.check_rows(seq_length)
 
 
-def parse_schedule(entries: ScheduleEntries, *, base: Scheme | None = None) -> WeightingSchedule:
-    """The schedule of `--weighting-schedule`.
+def parse_schedule(schedule: ScheduleEntries, *, base: Scheme | None = None) -> WeightingSchedule:
+    """The schedule that a text (of `--weighting-schedule`, say) describes.
 
     Stages are "STEP: SCHEME NAME=NUMBER ...", or "STEP linear: ..." and "STEP cosine: ..." to move there from the one
     before. SCHEME is a registered one with its numbers, or `base`, that of the run's other options. Only numbers of one
     scheme can move; uniform counts as any scheme with lambda 1 (exact: alpha 0), so moving from it is a warm-in.
 
     Args:
-        entries: stages in one string, separated by ";", or a list of stages, or mappings as YAML reads them.
+        schedule: stages in one string, separated by ";", or a list of stages, or mappings as YAML reads them.
         base: what `base` stands for.
 
     Raises:
         ValueError: names the stage that cannot be read, or cannot be reached by a move.
     """
-    return WeightingSchedule(tuple(_parse_stage(text, base) for text in _stage_texts(entries)))
+    return WeightingSchedule(tuple(_parse_stage(text, base) for text in _stage_texts(schedule)))
 
 
 def _stage_texts(entries: ScheduleEntries) -> list[str]:
@@ -115,7 +113,7 @@ def _parse_stage(text: str, base: Scheme | None) -> Stage:
     match = STAGE.fullmatch(text)
     if match is None or (match["move"] is not None and match["move"] not in MOVES):
         raise ValueError(
-            f"--weighting-schedule: expected 'STEP: SCHEME NAME=NUMBER ...', {' or '.join(MOVES)} after STEP to move, "
+            f"`schedule`: expected 'STEP: SCHEME NAME=NUMBER ...', {' or '.join(MOVES)} after STEP to move, "
             f"got {text!r}"
         )
     try:
@@ -124,14 +122,14 @@ def _parse_stage(text: str, base: Scheme | None) -> Stage:
         if match["scheme"] != BASE:
             scheme = preset(match["scheme"], **parameters)
         elif base is None:
-            raise ValueError(f"{BASE} stands for the scheme of --weighting, which is not given")
+            raise ValueError(f"{BASE} stands for the argument `base`, which is not given")
         else:
             known = base.numbers
             if unknown := [name for name in parameters if name not in known]:
                 raise ValueError(f"{BASE} has the numbers {', '.join(known)}, not {', '.join(unknown)}")
             scheme = replace(base, **parameters)
     except ValueError as error:
-        raise ValueError(f"--weighting-schedule: in {text!r}: {error}") from None
+        raise ValueError(f"`schedule`: in {text!r}: {error}") from None
     return Stage(int(match["step"]), match["move"], scheme)
 
 
@@ -143,9 +141,7 @@ def _mix(before: Scheme, after: Scheme, share: float) -> Scheme:
         (before.uniform_limit() or after) if after == uniform else after,
     )
     if type(before) is not type(after) or replace(before, **after.numbers) != after:
-        raise ValueError(
-            f"--weighting-schedule: only the numbers of one scheme can move, got {before} and then {after}"
-        )
+        raise ValueError(f"`schedule`: only the numbers of one scheme can move, got {before} and then {after}")
     mixed: dict[str, Any] = {}
     for (name, start), end in zip(before.numbers.items(), after.numbers.values(), strict=True):
         if start == end:
@@ -153,6 +149,6 @@ def _mix(before: Scheme, after: Scheme, share: float) -> Scheme:
             continue
         start, end = (after.when_none.get(name) if value is None else value for value in (start, end))
         if start is None or end is None:
-            raise ValueError(f"--weighting-schedule: {name} cannot move from {start} to {end}, give both as numbers")
+            raise ValueError(f"`schedule`: {name} cannot move from {start} to {end}, give both as numbers")
         mixed[name] = (1 - share) * start + share * end
     return replace(after, **mixed)

@@ -43,7 +43,9 @@ def token_weights(
     _check_shapes(long_nll, short_nll=short_nll, valid=valid, document_starts=document_starts)
     valid_RT = torch.ones_like(long_nll, dtype=torch.bool) if valid is None else valid.bool()
     if scheme.needs_scorer and short_nll is None:
-        raise ValueError("--weighting: this scheme compares two NLLs; expected short_nll, got None. Choose a --scorer")
+        raise ValueError(
+            "`short_nll`: expected the scorer's NLLs, which this scheme compares with `long_nll`, got None"
+        )
     row_ids = torch.arange(len(long_nll)) if row_ids is None else row_ids
     targets = Targets(
         # Whatever stands at masked targets, NaN included, must not reach a sum.
@@ -101,7 +103,8 @@ def check_finite(
 
 def _check_shapes(long_nll: Tensor, **others: Tensor | None) -> None:
     if long_nll.dim() != 2:
-        raise ValueError(f"long_nll: expected [rows, targets], got shape {list(long_nll.shape)}")
+        raise ValueError(f"`long_nll`: expected [rows, targets], got shape {list(long_nll.shape)}")
     for name, other in others.items():
         if other is not None and other.shape != long_nll.shape:
-            raise ValueError(f"{name}: expected the shape of long_nll {list(long_nll.shape)}, got {list(other.shape)}")
+            shapes = f"{list(long_nll.shape)}, got {list(other.shape)}"
+            raise ValueError(f"`{name}`: expected the shape of `long_nll` {shapes}")

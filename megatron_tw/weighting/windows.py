@@ -47,11 +47,10 @@ def plan_windows(seq_length: int, window: int, stride: int, *, include_first: bo
         ValueError: window longer than the row, or stride outside 1 .. n - 1.
     """
     if not 2 <= window <= seq_length:
-        raise ValueError(f"--short-window: expected 2 to {seq_length}, the tokens of a row, got {window}")
+        raise ValueError(f"`window`: expected 2 to {seq_length}, the tokens of a row, got {window}")
     if not 1 <= stride < window:
         raise ValueError(
-            f"--short-stride: expected 1 to {window - 1} (below --short-window {window}: targets need context), "
-            f"got {stride}"
+            f"`stride`: expected 1 to {window - 1} (below `window` {window}: targets need context), got {stride}"
         )
     windows = [Window(0, window, 1, window - 1)] if include_first else []
     for first_target in range(window, seq_length, stride):

@@ -63,7 +63,10 @@ class Scheme(ABC):
         return False
 
     def check(self) -> None:
-        """Before anything is allocated: raise ValueError, which names the option, where weights could do harm."""
+        """Before anything is allocated: raise ValueError, which names the field, where weights could do harm.
+
+        Errors have names of fields in `backquotes`; programs turn them into their options.
+        """
         return
 
     def check_rows(self, seq_length: int) -> None:
@@ -92,19 +95,19 @@ class Scheme(ABC):
         """The scheme with these of its `parameters` and `options`.
 
         Raises:
-            ValueError: a value out of range; names the option.
+            ValueError: a value out of range; names the field.
         """
         return cls(**settings)
 
 
-def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises ValueError where `value` is none of `choices`; names the option, given without its dashes."""
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError where `value`, of the field `name`, is none of `choices`."""
     if value not in choices:
-        raise ValueError(f"--{option}: expected one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"`{name}`: expected one of {', '.join(choices)}, got {value!r}")
 
 
 def check_number(
-    option: str,
+    name: str,
     value: float | None,
     *,
     above: float | None = None,
@@ -112,7 +115,7 @@ def check_number(
     at_most: float | None = None,
     optional: bool = True,
 ) -> None:
-    """Raises ValueError where `value` is no finite number in the range; names the option, given without its dashes."""
+    """Raises ValueError where `value`, of the field `name`, is no finite number in the range."""
     if value is None and optional:
         return
     fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -122,4 +125,4 @@ def check_number(
     if not fits:
         lower = f"({above:g}" if above is not None else f"[{at_least:g}" if at_least is not None else "(-inf"
         upper = f"{at_most:g}]" if at_most is not None else "inf)"
-        raise ValueError(f"--{option}: expected a finite number in {lower}, {upper}, got {value!r}")
+        raise ValueError(f"`{name}`: expected a finite number in {lower}, {upper}, got {value!r}")

@@ -13,7 +13,7 @@ class Custom(Preset):
 
     def create(self, **settings: Any) -> WeightingConfig:
         if not settings:
-            raise ValueError("--weighting custom: expected --transforms or other steps with it, got none")
+            raise ValueError("`name` custom: expected `transforms` or other steps with it, got none")
         return super().create(**settings)
 
 
@@ -21,7 +21,7 @@ register_scheme("custom")(
     Custom(
         settings={},
         refusals={
-            "shift": 'a custom scheme says it in --transforms, for example --transforms minus "shift 2.0" max',
+            "shift": 'a custom scheme says it in `transforms`, for example `transforms` minus "shift 2.0" max',
             **dict.fromkeys(("alpha", "gamma", "tau"), "a custom scheme does not have this option"),
         },
     )

@@ -32,14 +32,14 @@ class ExactConfig(Scheme):
         check_number("alpha", self.alpha, at_least=0.0, optional=False)
         check_number("gamma", self.gamma, optional=False)
         check_number("tau", self.tau, at_least=1.0, optional=False)
-        check_number("weighting-parameters eps", self.eps, at_least=0.0, optional=False)
+        check_number("eps", self.eps, at_least=0.0, optional=False)
 
     def uniform_limit(self) -> "ExactConfig":
         return replace(self, alpha=0.0)
 
     def check_rows(self, seq_length: int) -> None:
         if self.tau >= seq_length:
-            raise ValueError(f"--tau: expected less than the {seq_length} tokens of a row, got {self.tau:g}")
+            raise ValueError(f"`tau`: expected less than the {seq_length} tokens of a row, got {self.tau:g}")
 
     def weights(self, targets: Targets) -> Tensor:
         valid_RT, document_starts_RT = targets.valid_RT, targets.document_starts_RT

@@ -82,8 +82,8 @@ class WeightingConfig(Scheme):
     def check(self) -> None:
         if self.may_be_negative:
             raise ValueError(
-                f"--transforms: {' '.join(self.transforms) or 'none'} leaves weights below 0, which teach the "
-                "model to miss its targets; expected absolute, exp or max at the end, or --sparsification"
+                f"`transforms`: {' '.join(self.transforms) or 'none'} leaves weights below 0, which teach the "
+                "model to miss its targets; expected absolute, exp or max at the end, or `sparsification`"
             )
 
     @staticmethod
@@ -155,7 +155,7 @@ class Preset:
         """The pipeline with these numbers and steps in place of its own.
 
         Raises:
-            ValueError: a value out of range; names the option.
+            ValueError: a value out of range; names the field.
         """
         given = {name: value for name, value in settings.items() if name in self.numbers}
         values = {**self.settings, **self.numbers, **given}
@@ -180,8 +180,8 @@ def parse_transform(text: str) -> tuple[str, float]:
         except ValueError:
             amount = math.nan
         if not (0 < amount < math.inf):
-            raise ValueError(f"--shift: expected a number > 0, got {amounts[0]!r} (in --transforms {text!r})")
+            raise ValueError(f"`shift`: expected a number > 0, got {amounts[0]!r} (in `transforms` {text!r})")
         return name, amount
     if name not in TRANSFORMS or amounts:
-        raise ValueError(f"--transforms: expected any of {', '.join(TRANSFORMS)}, got {text!r}")
+        raise ValueError(f"`transforms`: expected any of {', '.join(TRANSFORMS)}, got {text!r}")
     return name, 0.0

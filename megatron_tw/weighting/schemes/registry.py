@@ -45,7 +45,7 @@ def scheme_kind(name: str) -> SchemeKind:
         ValueError: nothing is; the known names are listed.
     """
     if name not in SCHEMES:
-        raise ValueError(f"--weighting: expected one of {', '.join(SCHEMES)}, got {name!r}")
+        raise ValueError(f"`name`: expected one of {', '.join(SCHEMES)}, got {name!r}")
     return SCHEMES[name]
 
 
@@ -60,5 +60,5 @@ def preset(name: str, **parameters: float | None) -> Scheme:
     for parameter in parameters:
         if parameter not in known:
             takes = ", ".join(known) or "no parameter"
-            raise ValueError(f"--{parameter.replace('_', '-')}: --weighting {name} takes {takes}")
+            raise ValueError(f"`{parameter}`: the scheme {name} takes {takes}")
     return kind.create(**parameters)
