@@ -18,7 +18,7 @@ COPY tests tests
 # The image's GPU stack keeps its versions, constraints.txt decides the rest. (The image's PIP_CONSTRAINT pins all that it
 # holds, which does not resolve; it is switched off.)
 RUN bash tools/image_constraints.sh > /tmp/constraints.txt \
- && PIP_CONSTRAINT= pip install --no-cache-dir -c /tmp/constraints.txt -e '.[dev]' \
+ && PIP_CONSTRAINT= pip install --no-cache-dir -c /tmp/constraints.txt -e '.[all,dev]' \
  && pip check \
  && python -c "import torch, transformer_engine.pytorch, apex, megatron.core, transformers, megatron_tw.training.loop"
 

@@ -66,7 +66,7 @@ def test_what_the_dockerfile_asks_for_resolves(tmp_path):
     assert not any(line.startswith(("torch==2.13", "idna==3.10", "click==8.1")) for line in names)
     (tmp_path / "constraints.txt").write_text(constraints.stdout)
 
-    command = [python, "-m", "pip", "install", "--dry-run", "-c", str(tmp_path / "constraints.txt"), f"{ROOT}[dev]"]
+    command = [python, "-m", "pip", "install", "--dry-run", "-c", str(tmp_path / "constraints.txt"), f"{ROOT}[all,dev]"]
     resolved = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
     assert resolved.returncode == 0, resolved.stderr
     would_install = resolved.stdout.rpartition("Would install")[2].lower().split()

@@ -71,7 +71,7 @@ _tw_setup() {
         echo "Installing into $VIRTUAL_ENV (once; a few minutes)"
         _tw_install_cpu_torch
         python -m pip install -qq --disable-pip-version-check \
-            -c "$_tw_root/constraints.txt" -e "$_tw_root[dev]" || return 1
+            -c "$_tw_root/constraints.txt" -e "$_tw_root[all,dev]" || return 1
         echo "$state" > "$stamp"
     fi
 }
