@@ -28,6 +28,10 @@ def source_of(module: str) -> Path:
     return Path(str(distribution.locate_file(module.replace(".", "/") + ".py")))
 
 
+def schedule_of_core(**given: Any) -> None:
+    """Stands for Megatron-Core's."""
+
+
 def config_of(**model: Any) -> Any:
     return SimpleNamespace(
         model=SimpleNamespace(seq_length=256, calculate_per_token_loss=True, **model),
@@ -54,7 +58,7 @@ def test_seams_of_the_installed_megatron_bridge(seam):
 def stand_in(monkeypatch):
     """A module in the place of Megatron-Bridge's training loop, with the name that is rebound there."""
     train: Any = ModuleType("megatron.bridge.training.train")
-    train.get_forward_backward_func = lambda pp_size=None, vp_size=None: "the schedule"
+    train.get_forward_backward_func = lambda pp_size=None, vp_size=None: schedule_of_core
     monkeypatch.setitem(sys.modules, train.__name__, train)
     monkeypatch.setattr(callback, "check_seams", lambda seams: None)
     return train
@@ -93,7 +97,7 @@ def test_the_schedule_is_put_in_and_taken_out(kind, stand_in):
         manager.fire("on_data_init_start", context)
         schedule = stand_in.get_forward_backward_func(pp_size=1, vp_size=None)
         assert isinstance(schedule, TokenWeightedSchedule)
-        assert schedule.own == "the schedule"
+        assert schedule.own is schedule_of_core
         assert schedule.step() == Step(iteration=3, consumed=12, seed=7)
         assert schedule.schemes.at(0) == weighting.options.schedule().at(0)
         progress.step = 4
