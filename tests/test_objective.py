@@ -192,7 +192,7 @@ def gathered(labelled: bool) -> list[tuple[torch.dtype, int]]:
 
     layout = RowLayout(cp_group=dist.group.WORLD)
     labels = layout.slice(make_labels("last"))
-    dist.all_gather = counted
+    dist.all_gather = counted  # type: ignore[assignment]
     try:
         weighted_loss(torch.rand(BATCH, SEQ // 2), None, SCHEMES["uniform"], labels=labels if labelled else None,
                       layout=layout)  # fmt: skip
@@ -215,7 +215,7 @@ def test_both_ways_of_labels_are_equal() -> None:
     nll[0, 3], labels[0, 3], valid[0, 3] = torch.nan, -100, False
     losses = [
         weighted_loss(nll, short, dense, labels=labels),
-        weighted_loss(lambda given: nll if given is labels else None, short[:, :-1], dense, labels=labels),
+        weighted_loss(lambda given: nll if given is labels else given.double(), short[:, :-1], dense, labels=labels),
         weighted_loss(nll, short[:, :-1], dense, valid=valid[:, :-1]),
         weighted_loss(nll, short, dense, valid=valid),
         weighted_loss(nll.T, lambda long: short[:, : long.shape[1]], dense, valid=valid,
