@@ -44,6 +44,10 @@ STEPS = [
 ]
 
 
+NOT_ALWAYS = ("common.pt", "__0_1.distcp")
+"""Files of a checkpoint that some versions of Megatron-Core do not write: what they hold is in the others."""
+
+
 def make_world(folder: Path, programs: Programs) -> None:
     """Everything above, in a new folder."""
     folder.mkdir()

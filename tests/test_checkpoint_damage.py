@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+from damage import NOT_ALWAYS
 from safetensors import SafetensorError
 from test_bad_input import arguments, run_tool, world
 from tiny import SEQ_LENGTH
@@ -48,7 +49,7 @@ def flip(file: Path) -> None:
 
 
 def cut(file: Path) -> None:
-    os.truncate(file, file.stat().st_size // 2)
+    os.truncate(file, file.stat().st_size // 100)
 
 
 def empty(file: Path) -> None:
@@ -82,6 +83,8 @@ def opening_error(folder: Path) -> str:
 def test_the_damaged_file_and_the_newest_intact_checkpoint_are_named(run, ranks):
     newest = run / f"iter_{STEPS:07d}"
     for name, change, problem in DAMAGE:
+        if name in NOT_ALWAYS and not (newest / name).exists():
+            continue
         shutil.copytree(newest, run / "kept")
         change(newest / name)
         ours, theirs = ranks(2).run(opening_error, run)
@@ -94,7 +97,7 @@ def test_the_damaged_file_and_the_newest_intact_checkpoint_are_named(run, ranks)
         shutil.rmtree(newest)
         (run / "kept").rename(newest)
     for iteration in (3, 2):
-        flip(run / f"iter_{iteration:07d}" / "common.pt")
+        flip(run / f"iter_{iteration:07d}" / ".metadata")
     assert f"before it is {run}/iter_0000001:" in ranks(2).run(opening_error, run)[0]
     flip(run / "iter_0000001" / "__0_0.distcp")
     assert ranks(2).run(opening_error, run)[0].endswith("there is no intact checkpoint before it")
@@ -123,6 +126,8 @@ def test_every_program_refuses_a_damaged_checkpoint(run, world, ranks, tmp_path)
     [("__0_0.distcp", cut), ("__0_1.distcp", Path.unlink), (".metadata", empty), ("common.pt", cut)],
 )
 def test_damage_without_checksums_is_one_line_too(name, change, run, ranks, tmp_path):
+    if name in NOT_ALWAYS and not (run / "iter_0000003" / name).exists():
+        pytest.skip(f"this version of Megatron-Core writes no {name}")
     for checkpoint in run.glob("iter_*"):
         (checkpoint / CHECKSUMS_FILE).unlink()
     convert = ["--load", str(run), "--save-hf"]

@@ -94,7 +94,12 @@ def test_a_worker_that_is_killed_is_told(tmp_path):
     log = tmp_path / "log"
 
     def workers() -> list[psutil.Process]:
-        return [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+        children = psutil.process_iter(["ppid", "cmdline"])  # None of one that has just ended
+        return [
+            child
+            for child in children
+            if child.info["ppid"] == process.pid and "spawn_main" in " ".join(child.info["cmdline"] or [])
+        ]
 
     with tool("preprocess_data", long_preprocessing(tmp_path), log) as process:
         wait_for(workers, log)

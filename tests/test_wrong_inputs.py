@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from damage import BASE, damage, make_world
+from damage import BASE, NOT_ALWAYS, damage, make_world
 from programs import Programs, lines_of
 
 TABLE = Path(__file__).with_name("wrong_inputs.txt")
@@ -103,6 +103,9 @@ def test_the_table_is_whole() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_what_is_wrong_is_said(case: Case, programs: Programs, world: Path, own_world: Callable[[], Path]) -> None:
+    for name in NOT_ALWAYS:
+        if name in case.damage and not (world / "run" / "iter_0000002" / name).exists():
+            pytest.skip(f"this version of Megatron-Core writes no {name}")
     folder = own_world() if case.damage or case.late or case.disk else world
     damage(folder, case.damage)
     before = state(folder)

@@ -1,7 +1,6 @@
 """The model: Megatron-Core's GPTModel whose last stage returns per-token NLL (or logits), never both and never logits
 on the way."""
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,10 +20,6 @@ from megatron_tw.model.rotary import ShardedRotaryEmbedding, rotary_embedding
 from megatron_tw.parallel.layout import Layout
 
 _EXTRA_STATE = "_extra_state"
-# From 0.19 each GPTModel says that HybridModel is to follow it, which nobody who runs this can do anything about.
-logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(
-    lambda record: "GPTModel IS DEPRECATED" not in record.getMessage()
-)
 
 
 class TokenWeightedGPT(GPTModel):

@@ -28,6 +28,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from megatron import core
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
@@ -132,6 +133,7 @@ def save_checkpoint(
                     "weights_only": optimizer is None,
                     "scorer_state": bool(scorer_state),
                     "layout": layout.describe(),
+                    "megatron_core": core.__version__,
                     "hf_config": export_hf_config(
                         chunks[0].architecture,
                         max_position_embeddings=state.seq_length,
@@ -179,7 +181,7 @@ def load_checkpoint(
         )
     if scorer is not None and saved.scorer_state:
         sharded |= scorer.sharded_state()
-    with _no_warnings_of_torch(), _damage_named(saved.directory):
+    with _no_warnings_of_torch(), _damage_named(saved):
         FileSystemReader(saved.directory).read_metadata()  # where this fails, torch prints a traceback and goes on
         state = dist_checkpointing.load(sharded, str(saved.directory))
     for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True):
@@ -260,8 +262,9 @@ def _without_gathered_state(common: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _damage_named(directory: Path) -> Iterator[None]:
-    """Around Megatron's reading: its ways to say that a file is damaged, as one line."""
+def _damage_named(saved: SavedCheckpoint) -> Iterator[None]:
+    """Around Megatron's reading: its ways to say that a file is damaged, as one line. It reads what earlier versions
+    wrote, but not always what later ones did."""
     try:
         yield
     except (CheckpointException, CheckpointingException, *_OF_DAMAGE) as error:
@@ -271,15 +274,22 @@ def _damage_named(directory: Path) -> Iterator[None]:
         if isinstance(error, CheckpointException) and error.failures:
             reason = next(iter(error.failures.values()))[0]
         text = (str(reason).splitlines() or [""])[0] or type(reason).__name__
-        raise ValueError(f"{directory}: cannot be read; a file of it is damaged or missing ({text})") from error
+        if saved.megatron_core not in ("", core.__version__):
+            text += f"; megatron-core {saved.megatron_core} wrote it, {core.__version__} reads it"
+        raise ValueError(f"{saved.directory}: cannot be read; a file of it is damaged or missing ({text})") from error
 
 
 @contextmanager
 def _no_warnings_of_torch() -> Iterator[None]:
     """Without torch's advice to Megatron-Core, which a user cannot take."""
     with warnings.catch_warnings():
-        for message in ("`load_state_dict` is deprecated", "Please use DTensor instead"):
-            warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+        for message, category in (
+            ("`load_state_dict` is deprecated", FutureWarning),
+            ("Please use DTensor instead", FutureWarning),
+            ("torch.distributed is disabled, unavailable or uninitialized", UserWarning),  # it reads on each rank
+            ("The argument order of load has been changed", UserWarning),
+        ):
+            warnings.filterwarnings("ignore", message=message, category=category)
         yield
 
 

@@ -49,7 +49,8 @@ class RunState:
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A complete checkpoint on disk and what its header says."""
+    """A complete checkpoint on disk and what its header says. megatron_core: the version that wrote it, "" where the
+    header does not say."""
 
     directory: Path
     state: RunState
@@ -57,6 +58,7 @@ class SavedCheckpoint:
     layout: str
     weights_only: bool
     scorer_state: bool
+    megatron_core: str = ""
 
     @property
     def tokenizer_dir(self) -> Path:
@@ -230,7 +232,8 @@ def _read_checkpoint(directory: Path) -> SavedCheckpoint:
         )
         if _iteration(directory) not in (-1, state.iteration) or min(state.iteration, state.consumed_samples) < 0:
             raise ValueError(f"state: iteration {state.iteration} after {state.consumed_samples} samples")
-        return SavedCheckpoint(directory, state, architecture, layout, weights_only, scorer_state)
+        wrote = typed(str, header.get("megatron_core", ""), "megatron_core")
+        return SavedCheckpoint(directory, state, architecture, layout, weights_only, scorer_state, wrote)
     except DamagedCheckpointError:
         raise
     except OSError as error:
