@@ -61,7 +61,7 @@ def test_shifted_parameters_are_found_and_mended_once(monkeypatch: pytest.Monkey
 
 def test_an_optimizer_that_saves_otherwise_is_refused() -> None:
     class Other:
-        def sharded_param_state_fully_reshardable(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        def sharded_param_state_fully_reshardable(self, *args, **kwargs):
             state = inspect.unwrap(getattr(DistributedOptimizer, METHOD))(self, *args, **kwargs)
             state[0]["param"].data = state[0]["param"].data - 3
             return state
