@@ -170,7 +170,7 @@ def memory_of(sizes: Sizes) -> Memory:
         parameters=b * weights + (_live_scorer_bytes(sizes) if stages == 1 else 0.0),
         gradients=4 * weights,
         optimizer=(12 if config.compute.bf16 else 8) * weights / sharded + ema,
-        activations=max(_training_bytes(sizes), _scoring_bytes(sizes)),
+        activations=max(training_bytes(sizes), scoring_bytes(sizes)),
     )
 
 
@@ -190,7 +190,8 @@ def in_flight(sizes: Sizes) -> float:
     return min(float(sizes.microbatches), stages + (stages - 1) / sizes.chunks)
 
 
-def _training_bytes(sizes: Sizes) -> float:
+def training_bytes(sizes: Sizes) -> float:
+    """Activations of the first stage, and what a layer or the loss works with."""
     config, tokens = sizes.config, sizes.local_tokens
     parallel, options = config.parallel, config.activations
     sequence = config.data.seq_length * config.train.micro_batch_size
@@ -216,7 +217,7 @@ def _training_bytes(sizes: Sizes) -> float:
     return stored * in_flight(sizes) + max(working, loss - 0.5 * kept, 0.3 * loss) + 3 * layer.input + rows
 
 
-def _scoring_bytes(sizes: Sizes) -> float:
+def scoring_bytes(sizes: Sizes) -> float:
     """A layer's forward pass over all windows that run at once; nothing is kept."""
     scoring = sizes.scoring
     if scoring is None:

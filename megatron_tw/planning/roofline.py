@@ -90,8 +90,8 @@ def stride_and_span(group: str, parallel: ParallelConfig, world_size: int, group
     """
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     stage = world_size // parallel.pipeline_model_parallel_size
-    strides = {"TP": 1, "world": 1, "DP": tensor * context, "PP": stage}
-    stride = strides.get(group, tensor)
+    strides = {"TP": 1, "DP": tensor * context, "PP": stage}
+    stride = 1 if group_size == world_size else strides.get(group, tensor)
     return stride, stride * group_size
 
 

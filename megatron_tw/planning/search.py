@@ -12,7 +12,7 @@ from megatron_tw.config import (
     check_model_shape,
 )
 from megatron_tw.model.architecture import Architecture
-from megatron_tw.planning.formulas import flops_of_a_rank, memory_of
+from megatron_tw.planning.formulas import flops_of_a_rank, memory_of, scoring_bytes, training_bytes
 from megatron_tw.planning.plan import layout_in_words, takes_transformer_engine
 from megatron_tw.planning.roofline import Cluster, phase_times
 from megatron_tw.planning.sizes import Sizes
@@ -43,9 +43,10 @@ def candidates(
     cluster: Cluster,
     *,
     scorer: Architecture | None,
-    allowance: float,
+    fixed: float,
+    share: float,
 ) -> list[Candidate]:
-    """Layouts whose estimate fits, or may, the fastest first.
+    """Layouts whose estimate fits, or may, the fastest first. fixed, share: bytes to add to a peak, and of it.
 
     Raises:
         ValueError: there is none; says what the smallest needs, or that none divides the GPUs.
@@ -53,8 +54,8 @@ def candidates(
     memory, found, smallest = cluster.gpu.memory_bytes, [], None
     given = Sizes.of(config, architecture, cluster.world_size, scorer)
     for variant in _variants(config, architecture, cluster):
-        sizes = replace(given, config=variant)
-        needed = memory_of(sizes).total + allowance
+        sizes = with_windows_that_fit(replace(given, config=variant))
+        needed = memory_of(sizes).total * (1 + share) + fixed
         if smallest is None or needed < smallest[0]:
             smallest = needed, layout_in_words(sizes)
         if needed <= memory * (1 + ESTIMATE_ERROR):
@@ -72,12 +73,22 @@ def candidates(
     return sorted(found, key=lambda candidate: candidate.seconds)
 
 
-def best_of_each(found: list[Candidate]) -> list[Candidate]:
-    """Of the layouts with the same axes the fastest that fits by its estimate, else the smallest."""
+def best_of_each(found: list[Candidate], cluster: Cluster) -> list[Candidate]:
+    """Of the layouts with the same axes the fastest that fits by its estimate, and then those that only may."""
     chosen: dict[ParallelConfig, Candidate] = {}
-    for candidate in found:
+    fitting = [candidate for candidate in found if candidate.bytes <= cluster.gpu.memory_bytes]
+    for candidate in fitting + sorted(found, key=lambda candidate: candidate.bytes):
         chosen.setdefault(candidate.axes, candidate)
     return list(chosen.values())
+
+
+def with_windows_that_fit(sizes: Sizes) -> Sizes:
+    """The same, with windows scored one after the other where all of a rank at once would need more memory than the
+    training itself."""
+    if sizes.scoring is None or sizes.scoring.micro_batch is not None or scoring_bytes(sizes) <= training_bytes(sizes):
+        return sizes
+    windows = replace(sizes.config.windows, scoring_micro_batch=1)
+    return replace(sizes, config=replace(sizes.config, windows=windows), scoring=replace(sizes.scoring, micro_batch=1))
 
 
 def estimated_seconds(sizes: Sizes, cluster: Cluster) -> float:

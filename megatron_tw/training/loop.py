@@ -257,6 +257,7 @@ class Run:
             "iteration": self.iteration,
             **metrics,
             "consumed_samples": self.loader.consumed_samples,
+            "world_size": self.layout.world_size,
             "tokens_per_second": tokens / metrics["step_seconds"],
             **rates(metrics["model_flops"], metrics["step_seconds"], self.layout.world_size, gpu_of(device_name())),
             "peak_memory_gib": peak_memory_bytes() / 2**30,
