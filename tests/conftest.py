@@ -43,6 +43,6 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
 
 @pytest.fixture(scope="session")
 def programs() -> Iterator[Programs]:
-    """The six programs, imported once."""
+    """The seven programs, imported once."""
     with Programs() as server:
         yield server

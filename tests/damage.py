@@ -33,6 +33,7 @@ BASE = {
     "preprocess": "--input docs --tokenizer words --seq-length 8 --output out",
     "report": "--evaluations base=eval --key-tokens base --output out",
     "verify": "",
+    "plan": "--load-hf model --seq-length 256 --world-size 1",
 }
 """What a program is asked where nothing is wrong; verify is preprocess --verify."""
 STEPS = [

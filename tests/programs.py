@@ -1,5 +1,5 @@
-"""The six programs, each run in a process forked from a server that has imported them all once: a run that ends with a
-mistake takes a tenth of a second.
+"""The seven programs, each run in a process forked from a server that has imported them all once: a run that ends
+with a mistake takes a tenth of a second.
 
     with Programs() as programs:
         answer = programs.run("evaluate", ["--load", "run"], folder)    # in that folder, its files for temporary files
@@ -31,10 +31,12 @@ TOOLS = {
     "convert": "convert_checkpoint",
     "report": "report",
     "verify": "preprocess_data",
+    "plan": "plan",
 }
 LATER = [
     *("megatron_tw.training.loop", "megatron_tw.evaluation.run", "megatron_tw.evaluation.summary"),
     *("megatron_tw.programs.scoring", "megatron_tw.programs.convert", "megatron_tw.data.verify"),
+    *("megatron_tw.planning.run", "megatron_tw.planning.table", "megatron_tw.planning.picture"),
     *("megatron.core.datasets.indexed_dataset", "pyarrow.parquet", "transformers.models.llama.modeling_llama"),
     *("torch.utils.tensorboard", "torch.distributed.checkpoint", "matplotlib.backends.backend_agg"),
 ]

@@ -11,6 +11,7 @@ from megatron_tw.config import RunConfig
 from megatron_tw.config.conversion import ConversionConfig
 from megatron_tw.config.evaluation import EvaluationConfig
 from megatron_tw.config.options import flag, groups_of, options_of
+from megatron_tw.config.plan import OwnPlanOptions
 from megatron_tw.config.scoring import ScoringConfig
 
 PROGRAMS: dict[str, type] = {
@@ -18,6 +19,7 @@ PROGRAMS: dict[str, type] = {
     "tools/evaluate.py": EvaluationConfig,
     "tools/score_tokens.py": ScoringConfig,
     "tools/convert_checkpoint.py": ConversionConfig,
+    "tools/plan.py": OwnPlanOptions,
 }
 
 HEAD = """\
@@ -29,7 +31,7 @@ files: of two files the later wins, and flags win over files. Unknown names are 
 the number of ranks before anything is allocated. The resolved ones are saved with each checkpoint.
 
 `tools/preprocess_data.py` and `tools/report.py` take flags only; their `--help` lists them. Each table says which
-programs take its options.
+programs take its options; `tools/plan.py` takes all of `tools/train.py` besides its own.
 
 This page is made by `python tools/list_options.py > docs/options.md`.
 """

@@ -121,6 +121,13 @@ class PlanConfig:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class OwnPlanOptions:
+    """The options that a plan has and a training has not."""
+
+    plan: PlanOptions
+
+
 def check_plan(config: PlanConfig) -> None:
     """Check the options with each other; with --find-layout those of the layout are left aside.
 

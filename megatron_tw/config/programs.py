@@ -3,6 +3,7 @@
 from megatron_tw.config.conversion import ConversionConfig
 from megatron_tw.config.evaluation import EvaluationConfig
 from megatron_tw.config.options import options_of
+from megatron_tw.config.plan import OwnPlanOptions
 from megatron_tw.config.schema import RunConfig
 from megatron_tw.config.scoring import ScoringConfig
 
@@ -11,6 +12,7 @@ PROGRAMS: dict[str, type] = {
     "tools/evaluate.py": EvaluationConfig,
     "tools/score_tokens.py": ScoringConfig,
     "tools/convert_checkpoint.py": ConversionConfig,
+    "tools/plan.py": OwnPlanOptions,  # and those of tools/train.py, which would only be said twice
 }
 
 
