@@ -1,8 +1,6 @@
 """What the loss costs: FLOPs, what is saved for backward, and memory. What it computes: test_losses.py."""
 
-import re
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_tw.losses import linear_cross_entropy
-from megatron_tw.losses.huge_pages import LEAST_BYTES, advise_huge_pages
 
 
 def addmm_flops(_, left, right, *, out_shape=None, **kwargs):
@@ -121,25 +118,6 @@ def test_memory_grows_by_at_most_64_bytes_a_token(kappa):
         assert allocated.peak > tokens * width * 4  # the gradient of hidden is counted
         peaks.append(allocated.peak - tokens * width * 4)
     assert peaks[1] - peaks[0] <= 64 * (65536 - 4096)
-
-
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's account of a process's memory")
-def test_large_buffers_ask_for_huge_pages():
-    """The kernel marks what was asked for; whether it has such pages to give is another matter."""
-    buffer = advise_huge_pages(torch.empty(LEAST_BYTES // 4))
-    page = buffer.data_ptr() + buffer.nbytes // 2
-    flags: list[str] = []
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        words = line.split()
-        if re.fullmatch("[0-9a-f]+-[0-9a-f]+", words[0]):
-            start, end = (int(bound, 16) for bound in words[0].split("-"))
-        elif words[0] == "VmFlags:" and start <= page < end:
-            flags = words[1:]
-    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
-        pytest.skip("this kernel has no transparent huge pages")
-    assert "hg" in flags
-    small = torch.ones(4)
-    assert advise_huge_pages(small) is small
 
 
 def test_kept_logits_of_a_chunk_are_one_buffer():

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from megatron_tw.losses.huge_pages import advise_huge_pages
 from megatron_tw.losses.logit_tiles import tile_operations
 from megatron_tw.losses.parameter_gradient import ParameterGradient, add_product_
 from megatron_tw.losses.projection import Projection
@@ -194,7 +193,7 @@ def _logit_tiles(
     """The blocks of the vocabulary and their logits: in one buffer one over the other, or with `keep` side by side."""
     num_rows, blocks = len(hidden_MH), head.blocks()
     widest = blocks[0].stop if blocks else 0
-    buffer = advise_huge_pages(hidden_MH.new_empty(num_rows * (head.shard.size if keep else widest)))
+    buffer = hidden_MH.new_empty(num_rows * (head.shard.size if keep else widest))
     for block in blocks:
         start, width = num_rows * block.start if keep else 0, block.stop - block.start
         tile_MB = buffer[start : start + num_rows * width].view(num_rows, width)

@@ -5,8 +5,6 @@ import functools
 import torch
 from torch import Tensor
 
-from megatron_tw.losses.huge_pages import advise_huge_pages
-
 
 def add_product_(sum_XY: Tensor, left_XK: Tensor, right_KY: Tensor) -> None:
     """sum += left @ right, for a sum in fp32 or better and factors in the sum's dtype or a lower one.
@@ -49,8 +47,7 @@ class ParameterGradient:
     def entries(self, entries: slice) -> Tensor:
         """The sum so far of some vocabulary entries, to be added to: [entries] or [entries, hidden]."""
         if self._sum is None:
-            self._sum = torch.empty(self._parameter.shape, dtype=self._sum_dtype, device=self._parameter.device)
-            advise_huge_pages(self._sum).zero_()
+            self._sum = torch.zeros(self._parameter.shape, dtype=self._sum_dtype, device=self._parameter.device)
         return self._sum[entries]
 
     def finish(self) -> Tensor:
