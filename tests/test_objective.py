@@ -206,6 +206,19 @@ def test_four_bytes_a_target_are_gathered(labelled: bool, ranks) -> None:
     assert ranks(2).run(gathered, labelled) == [[(torch.float32, BATCH * SEQ // 2)]] * 2
 
 
+def weights_by_rank() -> tuple[Tensor, Tensor]:
+    """On two tensor-parallel ranks, with long NLLs that differ (which they should not): those, and weights."""
+    nll = torch.rand(BATCH, SEQ, generator=torch.Generator().manual_seed(dist.get_rank()))
+    layout = RowLayout(tp_group=dist.group.WORLD)
+    return nll, weighted_loss(nll, torch.zeros(BATCH, SEQ), SCHEMES["sparse"], layout=layout).weights
+
+
+def test_tensor_ranks_choose_the_same_targets(ranks) -> None:
+    (first, weights), (second, others) = ranks(2).run(weights_by_rank)
+    assert not torch.equal(first, second)
+    assert torch.equal(weights, others)
+
+
 def test_both_ways_of_labels_are_equal() -> None:
     """S targets with the last one masked, or S - 1 of them; labels, or a mask of whole rows; the NLL, or a function."""
     _, _, _, short = make_inputs()
