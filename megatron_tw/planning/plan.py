@@ -157,5 +157,6 @@ def layout_in_words(sizes: Sizes) -> str:
     )
     if options.recompute_granularity is None:
         return f"{words}, no recompute"
-    layers = f" ({options.recompute_num_layers} layers a stage)" if options.recompute_method == "block" else ""
-    return f"{words}, recompute {options.recompute_granularity}{layers}"
+    if options.recompute_method == "block":
+        return f"{words}, recompute {options.recompute_num_layers} layers a {'chunk' if interleaved else 'stage'}"
+    return f"{words}, recompute {options.recompute_granularity}"

@@ -1,5 +1,6 @@
 """A plan as text, at most 120 columns wide."""
 
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -11,6 +12,7 @@ from megatron_tw.planning.run import Planned
 
 GIGA = 1e9
 SHOWN_CANDIDATES = 8
+WIDTH = 120
 
 
 def format_plan(planned: Planned) -> str:
@@ -20,7 +22,8 @@ def format_plan(planned: Planned) -> str:
     if planned.candidates:
         parts.append(_search(planned))
     parts += [_memory(plan), _verdict(plan), _times(plan), _collectives(plan), _notes(plan)]
-    return "\n\n".join(part for part in parts if part)
+    lines = "\n\n".join(part for part in parts if part).splitlines()
+    return "\n".join(line if len(line) <= WIDTH else textwrap.fill(line, WIDTH) for line in lines)
 
 
 def _heading(plan: Plan) -> str:
@@ -28,7 +31,7 @@ def _heading(plan: Plan) -> str:
     config = sizes.config
     rows = f"{sizes.rows} rows a step, {sizes.microbatches} micro-batches a replica"
     return (
-        f"{sizes.architecture.source.removesuffix('/config.json')}, rows of {config.data.seq_length:,} tokens, {rows}\n"
+        f"{'/'.join(sizes.architecture.source.split('/')[-3:-1])}, rows of {config.data.seq_length:,} tokens, {rows}\n"
         f"{sizes.world_size} x {gpu.kind.upper()}, {plan.cluster.gpus_per_node} a node: {layout_in_words(sizes)}"
     )
 
@@ -50,9 +53,10 @@ def _search(planned: Planned) -> str:
         words = layout_in_words(sizes)
         rows.append([mark, words, f"{candidate.seconds:.1f}", f"{candidate.bytes / GIGA:.1f}", *simulated])
     title = (
-        f"Layouts: {len(planned.candidates)} fit by formula or may, the fastest of each; seconds of a step, GB of a GPU"
+        f"Layouts: {len(planned.candidates)} fit by formula or may; seconds of a step and GB of a GPU, by formula and "
+        "simulated"
     )
-    return title + "\n" + _table(["", "layout", "formula s", "GB", "simulated s", "GB"], rows)
+    return title + "\n" + _table(["", "layout", "s", "GB", "sim. s", "sim. GB"], rows)
 
 
 def _memory(plan: Plan) -> str:
