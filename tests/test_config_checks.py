@@ -55,8 +55,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"distributed_timeout_minutes": 0}, "--distributed-timeout-minutes: expected 1 or more"),
     ({"num_layers_per_virtual_pipeline_stage": 1}, "--pipeline-model-parallel-size above 1"),
     ({"ddp_bucket_size": 0}, "--ddp-bucket-size: expected 1 or more"),
-    ({"ddp_bucket_size": 10**6}, "--ddp-bucket-size: expected --overlap-grad-reduce"),
-    ({"overlap_param_gather": True}, "--overlap-param-gather: expected --overlap-grad-reduce"),
+    ({"ddp_bucket_size": 10**6, "overlap_grad_reduce": False}, "--ddp-bucket-size: expected --overlap-grad-reduce"),
+    (
+        {"overlap_param_gather": True, "overlap_grad_reduce": False},
+        "--overlap-param-gather: expected --overlap-grad-reduce with it, got --no-overlap-grad-reduce",
+    ),
     (
         {"context_parallel_size": 4, "cp_comm_type": "a2a+p2p"},
         "--hierarchical-context-parallel-sizes: expected two sizes whose product is --context-parallel-size 4",

@@ -34,6 +34,7 @@ from megatron_tw.config import (
     TrainConfig,
     WeightingOptions,
     WindowsConfig,
+    parse_options,
 )
 from megatron_tw.model.architecture import read_architecture
 from megatron_tw.model.families import layers
@@ -42,7 +43,7 @@ from megatron_tw.parallel.devices import prepare_device
 from megatron_tw.runtime.source import ModelSource
 from megatron_tw.training.inputs import open_inputs
 from megatron_tw.training.loop import Run
-from megatron_tw.training.scorers import EmaScorer
+from megatron_tw.training.scorers import EmaScorer, base, reads_updated_weights
 
 __all__ = ["reference_data"]  # a fixture of test_training
 STEPS, STOP = 6, 3
@@ -88,6 +89,50 @@ def test_overlapped_runs_learn_and_resume_alike(axes, straight, ranks, reference
     resumed = metrics_of(stopped)
     for key in METRICS:
         assert resumed[key].tolist() == whole[key].tolist(), key
+
+
+@pytest.mark.parametrize(
+    ("axes", "given", "scorer", "decided"),
+    [
+        (Axes(dp=2), {}, ScorerConfig(), (True, True)),
+        (Axes(cp=2), {}, EMA, (True, False)),
+        (Axes(tp=2), {}, ScorerConfig(), (False, False)),
+        (Axes(cp=2), {"overlap_grad_reduce": False}, ScorerConfig(), (False, False)),
+        (Axes(cp=2), {"overlap_param_gather": False}, ScorerConfig(), (True, False)),
+    ],
+    ids=["DP", "moving average", "TP", "off", "reduce alone"],
+)
+def test_what_overlaps_is_decided_and_kept(axes, given, scorer, decided, ranks, reference_data, tmp_path):
+    """In the saved options, and in what Megatron's wrapper and the optimizer were made with."""
+    save = tmp_path / "run"
+    given = DataParallelConfig(**given)
+    config = run_of(axes, reference_data, save, stop=1, scorer=scorer, data_parallel=given)
+    for overlaps in ranks(axes.world_size).run(overlaps_of, axes, config):
+        assert overlaps == decided
+    ranks(axes.world_size).run(run_all, [config])
+    saved = parse_options(["--config", str(save / "iter_0000001" / "config.yaml")], RunConfig).data_parallel
+    assert (saved.overlap_grad_reduce, saved.overlap_param_gather) == decided
+
+
+def overlaps_of(axes: Axes, config: RunConfig) -> tuple[bool, bool]:
+    """On a rank: what the wrapper of the model in training overlaps."""
+    inputs = open_inputs(config)
+    with layout_of(axes) as layout:
+        run = Run.start(config, inputs, layout, prepare_device())
+        ddp = run.step.model[0].ddp_config
+        release(run.step.model)
+    return ddp.overlap_grad_reduce, ddp.overlap_param_gather
+
+
+def test_a_scorer_that_acts_after_updates_keeps_weights_from_being_gathered_late(monkeypatch):
+    class Acting(EmaScorer):
+        pass
+
+    assert not reads_updated_weights("unfrozen")
+    assert not reads_updated_weights("frozen")
+    assert reads_updated_weights("ema")
+    monkeypatch.setitem(base._SCORERS, "acting", Acting)
+    assert reads_updated_weights("acting")
 
 
 @pytest.mark.core

@@ -138,7 +138,8 @@ def check_data_parallel(data_parallel: DataParallelConfig) -> None:
         ("overlap_param_gather", data_parallel.overlap_param_gather),
     ):
         _require(
-            data_parallel.overlap_grad_reduce or not given, f"{flag(name)}: expected --overlap-grad-reduce with it"
+            data_parallel.overlap_grad_reduce is not False or not given,
+            f"{flag(name)}: expected --overlap-grad-reduce with it, got --no-overlap-grad-reduce",
         )
 
 

@@ -5,7 +5,7 @@ Names that Megatron has are Megatron's. `None` means "decided from the rest", as
 the only place that decides it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import lcm
 from pathlib import Path
 from typing import Literal
@@ -65,13 +65,28 @@ class ParallelConfig(ShardingConfig):
 class DataParallelConfig:
     """Data parallelism: when the copies of the model exchange gradients and weights."""
 
-    overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward pass still runs."""
-    overlap_param_gather: bool = False
-    """Gather updated weights while the next forward pass runs (needs --overlap-grad-reduce)."""
+    overlap_grad_reduce: bool | None = None
+    """Reduce gradients while the backward pass still runs (null: on where data- and context-parallel ranks are more
+    than one)."""
+    overlap_param_gather: bool | None = None
+    """Gather updated weights while the next forward pass runs, which needs --overlap-grad-reduce (null: on where that
+    is on, but off with --scorer ema, which averages the weights before)."""
     ddp_bucket_size: int | None = None
     """Parameters whose gradients are reduced at a time under --overlap-grad-reduce (null: Megatron-Core's default, 40
     million or a million for each data- and context-parallel rank)."""
+
+    def decided(self, ranks: int, *, weights_used_at_once: bool) -> "DataParallelConfig":
+        """With its overlaps filled in.
+
+        ranks: data- x context-parallel ranks, over which gradients are summed. weights_used_at_once: something reads
+        the whole updated weights before the next forward pass.
+        """
+        reduce, gather = self.overlap_grad_reduce, self.overlap_param_gather
+        if reduce is None:
+            reduce = ranks > 1 or bool(gather)
+        if gather is None:
+            gather = reduce and ranks > 1 and not weights_used_at_once
+        return replace(self, overlap_grad_reduce=reduce, overlap_param_gather=gather)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,13 +21,13 @@ def wrap_for_training(chunks: Sequence[TokenWeightedGPT], config: RunConfig) -> 
     """Model chunks with bf16 casting and Megatron's data parallelism around them; gradients are summed in fp32.
 
     The parameters move into contiguous buffers, so call it after their values are in place and before the optimizer
-    exists.
+    exists. config: with its overlaps decided.
     """
     options = config.data_parallel
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=options.overlap_grad_reduce,
-        overlap_param_gather=options.overlap_param_gather,
+        overlap_grad_reduce=bool(options.overlap_grad_reduce),
+        overlap_param_gather=bool(options.overlap_param_gather),
         bucket_size=options.ddp_bucket_size,
         use_distributed_optimizer=True,
     )
@@ -62,7 +62,7 @@ def make_optimizer(model: Sequence[DistributedDataParallel], config: RunConfig) 
             bf16=config.compute.bf16,
             params_dtype=torch.bfloat16 if config.compute.bf16 else torch.float32,
             use_distributed_optimizer=True,
-            overlap_param_gather=config.data_parallel.overlap_param_gather,
+            overlap_param_gather=bool(config.data_parallel.overlap_param_gather),
         ),
         list(model),
         use_gloo_process_groups=dist.get_backend() == "nccl",

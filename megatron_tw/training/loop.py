@@ -87,6 +87,7 @@ class Run:
         """Build the model, fill it from the checkpoint or the Hugging Face folder, make optimizer, scorer and
         loader."""
         source, settings = inputs.source, inputs.settings
+        config = settings.fill_in(config)
         chunks = build_model(
             source.architecture,
             config.parallel,
@@ -142,7 +143,7 @@ class Run:
             seed=config.train.seed,
         )
         return Run(
-            config=settings.fill_in(config),
+            config=config,
             inputs=inputs,
             layout=layout,
             chunks=chunks,
