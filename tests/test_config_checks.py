@@ -111,6 +111,19 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     ({"recompute_method": "block"}, "--recompute-method: expected --recompute-granularity full, got None"),
     ({"recompute_num_layers": 0}, "--recompute-num-layers: expected 1 or more"),
+    (
+        {"recompute_modules": ("mlp",)},
+        "--recompute-modules: expected --recompute-granularity selective with it",
+    ),
+    (
+        {"recompute_granularity": "selective", "recompute_modules": ("core_attn", "moe")},
+        "--recompute-modules: expected some of core_attn, mlp, layernorm, got core_attn, moe",
+    ),
+    (
+        {"recompute_granularity": "selective", "recompute_modules": ()},
+        "--recompute-modules: expected some of core_attn",
+    ),
+    ({"recompute_cp_gather": True}, "--recompute-cp-gather: expected a --context-parallel-size above 1 with it, got 1"),
     ({"lr": 0.0}, "--lr: expected more than 0"),
     ({"lr": math.inf}, "--lr: expected more than 0, got inf"),
     ({"min_lr": 1.0}, "--min-lr: expected 0.0 to 2e-05, got 1"),

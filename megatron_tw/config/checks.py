@@ -30,6 +30,8 @@ LARGEST_STEP = 10**9
 LARGEST_TIMEOUT = 60 * 24 * 365
 """Minutes: a year. What the system's clocks take ends not far above."""
 LARGEST_VOCABULARY_MULTIPLE = 2**16
+RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
+"""Of Megatron-Core's, those that a dense layer has."""
 
 
 def check_config(config: RunConfig, world_size: int | None = None) -> None:
@@ -38,7 +40,7 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
     check_data_parallel(config.data_parallel)
     check_model(config.model)
     check_compute(config.compute, config.parallel)
-    check_activations(config.activations)
+    check_activations(config.activations, config.parallel)
     check_weighting(config.weighting)
     check_scorer(config.scorer)
     check_seq_length(config.parallel, config.data.seq_length)
@@ -225,8 +227,23 @@ def check_compute(compute: ComputeConfig, parallel: ParallelConfig) -> None:
     )
 
 
-def check_activations(activations: ActivationConfig) -> None:
+def check_activations(activations: ActivationConfig, parallel: ParallelConfig) -> None:
     """The combinations of recompute options that Megatron-Core knows, and the range of what the loss keeps."""
+    modules = activations.recompute_modules
+    _require(
+        modules is None or activations.recompute_granularity == "selective",
+        f"--recompute-modules: expected --recompute-granularity selective with it, got "
+        f"{activations.recompute_granularity}",
+    )
+    _require(
+        modules is None or (len(modules) > 0 and set(modules) <= set(RECOMPUTE_MODULES)),
+        f"--recompute-modules: expected some of {', '.join(RECOMPUTE_MODULES)}, got "
+        f"{', '.join(modules or ()) or 'none'}",
+    )
+    _require(
+        not activations.recompute_cp_gather or parallel.context_parallel_size > 1,
+        "--recompute-cp-gather: expected a --context-parallel-size above 1 with it, got 1",
+    )
     _at_least(0, loss_keep_logits_mib=activations.loss_keep_logits_mib)
     _at_least(1, recompute_num_layers=activations.recompute_num_layers)
     for name in ("recompute_method", "recompute_num_layers"):

@@ -129,11 +129,17 @@ class ActivationConfig:
     """Activations: what is kept from the forward pass to the backward pass, and what is made again."""
 
     recompute_granularity: Literal["selective", "full"] | None = None
-    """Activations computed again in the backward pass: of the core attention (selective) or of whole layers (full)."""
+    """Activations computed again in the backward pass: of --recompute-modules (selective) or of whole layers (full)."""
+    recompute_modules: tuple[str, ...] | None = None
+    """For selective: the parts of a layer whose activations are computed again, of core_attn, mlp and layernorm (null:
+    core_attn)."""
     recompute_method: Literal["uniform", "block"] | None = None
     """For full: layers in equal chunks (uniform), or only the first ones of each stage (block)."""
     recompute_num_layers: int | None = None
     """For full: layers of a chunk (uniform), or how many layers (block)."""
+    recompute_cp_gather: bool = False
+    """Under CP without Transformer Engine: gather the keys and values of other ranks again in the backward pass instead
+    of keeping them, without computing the attention again (nothing to gain where that is computed again anyway)."""
     loss_keep_logits_mib: int | None = None
     """MiB in which the loss keeps logits from forward to backward instead of making them again; tokens kept = MiB x
     2^20 / (padded vocabulary / TP x bytes of a number). (null: 1024, and 0 where weights are sparse)."""

@@ -253,6 +253,7 @@ def transformer_config(
         recompute_granularity=activations.recompute_granularity,
         recompute_method=activations.recompute_method,
         recompute_num_layers=activations.recompute_num_layers,
+        recompute_modules=list(activations.recompute_modules) if activations.recompute_modules else None,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=on_gpu and architecture.family.fused_activation,
         bias_dropout_fusion=on_gpu,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_tw.config import ActivationConfig, ComputeConfig, ParallelConfig
 from megatron_tw.model.architecture import Architecture, export_hf_config, megatron_vocab_size, transformer_config
+from megatron_tw.model.attention import ContextParallelAttention
 from megatron_tw.model.families.table import TensorParallel, export_parameter, import_parameter, tensor_names
 from megatron_tw.model.gpt import TokenWeightedGPT, layer_spec, transformer_engine_available
 from megatron_tw.model.huggingface import SafetensorsFolder
@@ -67,7 +68,26 @@ def build_model(
             loss_keep_logits_bytes=keep_logits_mib << 20,
         )
         chunks.append(chunk.to(device.device))
+    if activations.recompute_cp_gather:
+        _gather_again(chunks)
     return chunks
+
+
+def _gather_again(chunks: Sequence[TokenWeightedGPT]) -> None:
+    """--recompute-cp-gather, of our own attention.
+
+    Raises:
+        ValueError: the model has another.
+    """
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            attention = layer.self_attention.core_attention
+            if not isinstance(attention, ContextParallelAttention):
+                raise ValueError(
+                    "--recompute-cp-gather: expected --transformer-impl local with it; Transformer Engine's attention "
+                    "keeps no gathered keys and values"
+                )
+            attention.gathers_again = True
 
 
 def takes_transformer_engine(compute: ComputeConfig, *, available: bool) -> bool:

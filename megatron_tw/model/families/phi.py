@@ -3,6 +3,7 @@ head is rotated; biases everywhere, the output projection's too. No dropout, wha
 
 from typing import Any
 
+from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -24,6 +25,11 @@ def gelu_new(x: Tensor) -> Tensor:
 class ParallelLayer(TransformerLayer):
     """x + attention(norm(x)) + mlp(norm(x)), of Megatron-Core's modules."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.recompute_input_layernorm:
+            raise ValueError("--recompute-modules: expected some of core_attn, mlp for this model, got layernorm")
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -39,7 +45,7 @@ class ParallelLayer(TransformerLayer):
             rotary_pos_emb=rotary_pos_emb,
             packed_seq_params=packed_seq_params,
         )
-        mlp, mlp_bias = self.mlp(normed)
+        mlp, mlp_bias = checkpoint(self.mlp, False, normed) if self.recompute_mlp else self.mlp(normed)
         return hidden_states + (attention + attention_bias) + (mlp + mlp_bias), None
 
 
