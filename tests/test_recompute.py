@@ -103,10 +103,15 @@ class Live(TorchDispatchMode):
 def kept_for_backward(axes: Axes, every: list[ActivationConfig]) -> list[tuple[int, int, int, list[torch.Tensor]]]:
     """On a rank, for each: bytes alive after a forward pass, gathers of forward and of backward, gradients."""
     results = []
-    gather, calls = context_gather._gather, []
+    gather, calls = context_gather._gather, list[bool]()
+
+    def counted(kv_2BGSD: torch.Tensor, group: Any) -> torch.Tensor:
+        calls.append(True)
+        return gather(kv_2BGSD, group)
+
     architecture = read_architecture(TINY_LLAMA)
     with layout_of(axes) as layout, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(context_gather, "_gather", lambda *args: calls.append(None) or gather(*args))
+        patch.setattr(context_gather, "_gather", counted)
         for activations in every:
             chunks = build_model(
                 architecture, axes.parallel(), ComputeConfig(), layout, prepare_device(), activations=activations
