@@ -144,6 +144,51 @@ def test_padded_buckets_are_read_by_another_layout(straight, ranks, reference_da
     close(metrics_of(save), metrics_of(straight))
 
 
+AS_HELD: dict[str, Any] = {"dist_ckpt_optim_fully_reshardable": False}
+"""Optimizer state saved as the ranks hold it."""
+
+
+@pytest.mark.parametrize("given", [AS_HELD, {"ckpt_fully_parallel_load": True}], ids=["as held", "parallel load"])
+@pytest.mark.parametrize("axes", [Axes(dp=2), Axes(tp=2, cp=2), Axes(pp=2, vpp_layers=1)], ids=lambda axes: axes.name)
+def test_other_ways_to_save_and_load_resume_exactly(given, axes, ranks, reference_data, tmp_path):
+    pool, saves = ranks(axes.world_size), [tmp_path / "straight", tmp_path / "stopped"]
+    straight, stopped = (
+        replace(config, checkpoint=replace(config.checkpoint, save_hf=None, **given))
+        for config in (run_of(axes, reference_data, save) for save in saves)
+    )
+    first = replace(stopped, train=replace(stopped.train, exit_interval=STOP))
+    pool.run(run_all, [straight, first])
+    pool.run(run_all, [stopped])
+    whole, resumed = (metrics_of(save) for save in saves)
+    for key in METRICS:
+        assert resumed[key].tolist() == whole[key].tolist(), key
+
+
+def test_state_saved_as_its_ranks_held_it_is_for_them_alone(straight, ranks, reference_data, tmp_path):
+    """Other data-parallel ranks can read it, other tensor-parallel ones and other buckets cannot; weights can be."""
+    save = tmp_path / "run"
+    overlap = DataParallelConfig(overlap_grad_reduce=True)
+
+    def config(axes: Axes, *, stop: int | None = None, buckets: DataParallelConfig = overlap) -> RunConfig:
+        run = run_of(axes, reference_data, save, stop=stop, data_parallel=buckets)
+        return replace(run, checkpoint=replace(run.checkpoint, save_hf=None, **AS_HELD))
+
+    ranks(2).run(run_all, [config(Axes(dp=2), stop=STOP)])
+    for axes, buckets, now in (
+        (Axes(tp=2), overlap, "TP 2 x PP 1, buckets of 40000000 parameters"),
+        (Axes(pp=2, vpp_layers=1), overlap, "TP 1 x PP 2 x 2 chunks, buckets of 40000000 parameters"),
+        (Axes(dp=2), DataParallelConfig(overlap_grad_reduce=False), "TP 1 x PP 1, one bucket"),
+        (Axes(dp=2), OVERLAP, "TP 1 x PP 1, buckets of 10000 parameters"),
+    ):
+        said = "TP 1 x PP 1, buckets of 40000000 parameters; this run has " + now
+        with pytest.raises(ValueError, match=f"^--load .*: its optimizer state was saved for the same layout.*{said}"):
+            ranks(2).run(run_all, [config(axes, buckets=buckets)])
+    other = replace(config(Axes(tp=2)), checkpoint=CheckpointConfig(pretrained_checkpoint=str(save)))
+    ranks(2).run(run_all, [replace(other, train=replace(other.train, train_iters=1), windows=other.windows)])
+    ranks(1).run(run_all, [config(Axes())])
+    close(metrics_of(save), metrics_of(straight))
+
+
 def test_this_runs_options_win_over_the_checkpoints(ranks, reference_data, tmp_path):
     first, then = (
         OptimizationConfig(lr=lr, adam_beta2=beta2, adam_eps=eps, weight_decay=decay)
