@@ -171,11 +171,15 @@ def test_user_buffers_are_not_used_for_other_tokens() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     for layer in model:  # as Transformer Engine's linear modules
         vars(layer).update(config=config, ub_overlap_ag_fprop=True, ub_bulk_wgrad=True, ub_overlap_rs_fprop=False)
+
+    def uses() -> list[tuple[bool, ...]]:
+        names = ("ub_overlap_ag_fprop", "ub_bulk_wgrad", "ub_overlap_rs_fprop")
+        return [tuple(vars(layer)[name] for name in names) for layer in model]
+
     for tokens, used in ((128, True), (64, False)):
         with as_in_scoring([model], tokens):
-            assert all(layer.ub_overlap_ag_fprop is used and layer.ub_bulk_wgrad is used for layer in model)
-        assert all(layer.ub_overlap_ag_fprop and layer.ub_bulk_wgrad for layer in model)
-        assert not any(layer.ub_overlap_rs_fprop for layer in model)
+            assert uses() == [(used, used, False)] * 2
+        assert uses() == [(True, True, False)] * 2
 
 
 def contexts_of_a_step(config) -> list[bool]:
