@@ -167,7 +167,7 @@ class ActivationConfig:
     recompute_granularity: Literal["selective", "full"] | None = None
     """Activations computed again in the backward pass: of --recompute-modules (selective) or of whole layers (full)."""
     recompute_modules: tuple[str, ...] | None = None
-    """For selective: the parts of a layer whose activations are computed again, of core_attn, mlp and layernorm (null:
+    """For selective: the parts of a layer whose activations are computed again, of core_attn and mlp (null:
     core_attn)."""
     recompute_method: Literal["uniform", "block"] | None = None
     """For full: layers in equal chunks (uniform), or only the first ones of each stage (block)."""

@@ -25,11 +25,6 @@ def gelu_new(x: Tensor) -> Tensor:
 class ParallelLayer(TransformerLayer):
     """x + attention(norm(x)) + mlp(norm(x)), of Megatron-Core's modules."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.recompute_input_layernorm:
-            raise ValueError("--recompute-modules: expected some of core_attn, mlp for this model, got layernorm")
-
     def forward(
         self,
         hidden_states: Tensor,
@@ -45,8 +40,13 @@ class ParallelLayer(TransformerLayer):
             rotary_pos_emb=rotary_pos_emb,
             packed_seq_params=packed_seq_params,
         )
-        mlp, mlp_bias = checkpoint(self.mlp, False, normed) if self.recompute_mlp else self.mlp(normed)
-        return hidden_states + (attention + attention_bias) + (mlp + mlp_bias), None
+        mlp = checkpoint(self._mlp, False, normed) if self.recompute_mlp else self._mlp(normed)
+        return hidden_states + (attention + attention_bias) + mlp, None
+
+    def _mlp(self, normed: Tensor) -> Tensor:
+        """With its bias: a parameter that a checkpointed function returns would become a node of its own graph."""
+        mlp, mlp_bias = self.mlp(normed)
+        return mlp + mlp_bias
 
 
 def parallel_layer(family: Family, transformer_engine: bool) -> ModuleSpec:
