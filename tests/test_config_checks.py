@@ -21,6 +21,7 @@ from megatron_tw.config import (
     TrainConfig,
     WindowsConfig,
     check_config,
+    check_fp32_attention,
     check_model_shape,
     check_own_windows,
     check_windows,
@@ -55,8 +56,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"distributed_timeout_minutes": 0}, "--distributed-timeout-minutes: expected 1 or more"),
     ({"num_layers_per_virtual_pipeline_stage": 1}, "--pipeline-model-parallel-size above 1"),
     ({"ddp_bucket_size": 0}, "--ddp-bucket-size: expected 1 or more"),
-    ({"ddp_bucket_size": 10**6}, "--ddp-bucket-size: expected --overlap-grad-reduce"),
-    ({"overlap_param_gather": True}, "--overlap-param-gather: expected --overlap-grad-reduce"),
+    ({"ddp_bucket_size": 10**6, "overlap_grad_reduce": False}, "--ddp-bucket-size: expected --overlap-grad-reduce"),
+    (
+        {"overlap_param_gather": True, "overlap_grad_reduce": False},
+        "--overlap-param-gather: expected --overlap-grad-reduce with it, got --no-overlap-grad-reduce",
+    ),
     (
         {"context_parallel_size": 4, "cp_comm_type": "a2a+p2p"},
         "--hierarchical-context-parallel-sizes: expected two sizes whose product is --context-parallel-size 4",
@@ -108,6 +112,48 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     ({"recompute_method": "block"}, "--recompute-method: expected --recompute-granularity full, got None"),
     ({"recompute_num_layers": 0}, "--recompute-num-layers: expected 1 or more"),
+    (
+        {"recompute_modules": ("mlp",)},
+        "--recompute-modules: expected --recompute-granularity selective with it",
+    ),
+    (
+        {"recompute_granularity": "selective", "recompute_modules": ("core_attn", "moe")},
+        "--recompute-modules: expected some of core_attn, mlp, got core_attn, moe",
+    ),
+    (
+        {"recompute_granularity": "selective", "recompute_modules": ()},
+        "--recompute-modules: expected some of core_attn",
+    ),
+    ({"recompute_cp_gather": True}, "--recompute-cp-gather: expected a --context-parallel-size above 1 with it, got 1"),
+    ({"fp8_margin": -1}, "--fp8-margin: expected 0 or more"),
+    ({"fp8_amax_history_len": 0}, "--fp8-amax-history-len: expected 1 or more"),
+    ({"fp8_recipe": "blockwise"}, "--fp8-recipe: expected --fp8-format with it"),
+    (
+        {"fp8_format": "hybrid", "bf16": True, "fp8_recipe": "tensorwise", "fp8_amax_history_len": 16},
+        "--fp8-amax-history-len: expected --fp8-recipe delayed, got tensorwise",
+    ),
+    ({"fp8_format": "hybrid"}, "--fp8-format: expected --bf16 and Transformer Engine's layers, got fp32"),
+    (
+        {"fp8_format": "hybrid", "bf16": True, "transformer_impl": "local"},
+        "--fp8-format: expected --bf16 and Transformer Engine's layers, got --transformer-impl local",
+    ),
+    (
+        {"fp8_format": "e4m3", "bf16": True, "seq_length": 264, "tensor_model_parallel_size": 2},
+        "--fp8-format: expected a multiple of 16 tokens on a rank, got --seq-length 264 x --micro-batch-size 1 over 2",
+    ),
+    (
+        {"tp_comm_overlap": True, "bf16": True},
+        "--tp-comm-overlap: expected --tensor-model-parallel-size above 1 with sequence parallelism, got 1",
+    ),
+    ({"tp_comm_bootstrap_backend": "mpi"}, "--tp-comm-bootstrap-backend: expected --tp-comm-overlap with it"),
+    (
+        {"tp_comm_overlap": True, "bf16": True, "tensor_model_parallel_size": 2, "deterministic_mode": True},
+        "--deterministic-mode: expected --no-tp-comm-overlap with it",
+    ),
+    ({"exp_avg_dtype": "bf16"}, "--exp-avg-dtype: expected --use-precision-aware-optimizer with it"),
+    ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload: expected --use-precision-aware-optimizer with it"),
+    ({"optimizer_offload_fraction": 0.5}, "--optimizer-offload-fraction: expected --optimizer-cpu-offload with it"),
+    ({"optimizer_offload_fraction": 1.5}, "--optimizer-offload-fraction: expected 0.0 to 1.0, got 1.5"),
     ({"lr": 0.0}, "--lr: expected more than 0"),
     ({"lr": math.inf}, "--lr: expected more than 0, got inf"),
     ({"min_lr": 1.0}, "--min-lr: expected 0.0 to 2e-05, got 1"),
@@ -279,6 +325,22 @@ def test_models_that_can_be_cut() -> None:
     check_model_shape(ParallelConfig(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=2), **MODEL)
 
 
+LONG_FP32: dict[str, Any] = {
+    "on_gpu": True, "bf16": False, "num_attention_heads": 32, "num_query_groups": 8, "seq_length": 8193
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "mended", [{"on_gpu": False}, {"bf16": True}, {"num_query_groups": 32}, {"seq_length": 8192}], ids=str
+)
+def test_attention_that_would_hold_all_scores_is_refused(mended):
+    with pytest.raises(
+        ValueError, match=r"^--seq-length: expected at most 8192 in fp32 on a GPU, where the attention of 32"
+    ):
+        check_fp32_attention("--seq-length", **LONG_FP32)
+    check_fp32_attention("--seq-length", **LONG_FP32 | mended)
+
+
 def test_every_check_is_tested() -> None:
     """The cases above fail at every statement of checks.py that can raise."""
     helpers = ("_require", "_at_least", "_at_most", "_above", "_within")
@@ -293,6 +355,7 @@ def test_every_check_is_tested() -> None:
     cases = [partial(check_config, with_options(**options)) for options, _ in BAD]
     cases += [partial(check_config, with_options(**options), ranks) for options, ranks, _ in BAD_FOR_RANKS]
     cases += [partial(check_model_shape, ParallelConfig(**o), **MODEL | shape) for o, shape, _ in BAD_FOR_MODEL]
+    cases += [partial(check_fp32_attention, "--seq-length", **LONG_FP32)]
     cases += [partial(check_own_windows, WindowsConfig(**options), 256) for options, _ in BAD_FOR_ITSELF]
     failed_at = set()
     for case in cases:

@@ -34,6 +34,7 @@ from megatron_tw.config import (
     TrainConfig,
     WeightingOptions,
     WindowsConfig,
+    parse_options,
 )
 from megatron_tw.model.architecture import read_architecture
 from megatron_tw.model.families import layers
@@ -42,7 +43,7 @@ from megatron_tw.parallel.devices import prepare_device
 from megatron_tw.runtime.source import ModelSource
 from megatron_tw.training.inputs import open_inputs
 from megatron_tw.training.loop import Run
-from megatron_tw.training.scorers import EmaScorer
+from megatron_tw.training.scorers import EmaScorer, base, reads_updated_weights
 
 __all__ = ["reference_data"]  # a fixture of test_training
 STEPS, STOP = 6, 3
@@ -90,12 +91,101 @@ def test_overlapped_runs_learn_and_resume_alike(axes, straight, ranks, reference
         assert resumed[key].tolist() == whole[key].tolist(), key
 
 
+@pytest.mark.parametrize(
+    ("axes", "given", "scorer", "decided"),
+    [
+        (Axes(dp=2), {}, ScorerConfig(), (True, True)),
+        (Axes(cp=2), {}, EMA, (True, False)),
+        (Axes(tp=2), {}, ScorerConfig(), (False, False)),
+        (Axes(cp=2), {"overlap_grad_reduce": False}, ScorerConfig(), (False, False)),
+        (Axes(cp=2), {"overlap_param_gather": False}, ScorerConfig(), (True, False)),
+    ],
+    ids=["DP", "moving average", "TP", "off", "reduce alone"],
+)
+def test_what_overlaps_is_decided_and_kept(axes, given, scorer, decided, ranks, reference_data, tmp_path):
+    """In the saved options, and in what Megatron's wrapper and the optimizer were made with."""
+    save = tmp_path / "run"
+    given = DataParallelConfig(**given)
+    config = run_of(axes, reference_data, save, stop=1, scorer=scorer, data_parallel=given)
+    for overlaps in ranks(axes.world_size).run(overlaps_of, axes, config):
+        assert overlaps == decided
+    ranks(axes.world_size).run(run_all, [config])
+    saved = parse_options(["--config", str(save / "iter_0000001" / "config.yaml")], RunConfig).data_parallel
+    assert (saved.overlap_grad_reduce, saved.overlap_param_gather) == decided
+
+
+def overlaps_of(axes: Axes, config: RunConfig) -> tuple[bool, bool]:
+    """On a rank: what the wrapper of the model in training overlaps."""
+    inputs = open_inputs(config)
+    with layout_of(axes) as layout:
+        run = Run.start(config, inputs, layout, prepare_device())
+        ddp = run.step.model[0].ddp_config
+        release(run.step.model)
+    return ddp.overlap_grad_reduce, ddp.overlap_param_gather
+
+
+def test_a_scorer_that_acts_after_updates_keeps_weights_from_being_gathered_late(monkeypatch):
+    class Acting(EmaScorer):
+        pass
+
+    assert not reads_updated_weights("unfrozen")
+    assert not reads_updated_weights("frozen")
+    assert reads_updated_weights("ema")
+    monkeypatch.setitem(base._SCORERS, "acting", Acting)
+    assert reads_updated_weights("acting")
+
+
 @pytest.mark.core
 def test_padded_buckets_are_read_by_another_layout(straight, ranks, reference_data, tmp_path):
     before, save = Axes(dp=2), tmp_path / "run"
     config = run_of(before, reference_data, save, stop=STOP, data_parallel=OVERLAP)
     ranks(2).run(run_all, [config])
     ranks(1).run(run_all, [run_of(Axes(), reference_data, save)])
+    close(metrics_of(save), metrics_of(straight))
+
+
+AS_HELD: dict[str, Any] = {"dist_ckpt_optim_fully_reshardable": False}
+"""Optimizer state saved as the ranks hold it."""
+
+
+@pytest.mark.parametrize("given", [AS_HELD, {"ckpt_fully_parallel_load": True}], ids=["as held", "parallel load"])
+@pytest.mark.parametrize("axes", [Axes(dp=2), Axes(tp=2, cp=2), Axes(pp=2, vpp_layers=1)], ids=lambda axes: axes.name)
+def test_other_ways_to_save_and_load_resume_exactly(given, axes, ranks, reference_data, tmp_path):
+    pool, saves = ranks(axes.world_size), [tmp_path / "straight", tmp_path / "stopped"]
+    straight, stopped = (
+        replace(config, checkpoint=replace(config.checkpoint, save_hf=None, **given))
+        for config in (run_of(axes, reference_data, save) for save in saves)
+    )
+    first = replace(stopped, train=replace(stopped.train, exit_interval=STOP))
+    pool.run(run_all, [straight, first])
+    pool.run(run_all, [stopped])
+    whole, resumed = (metrics_of(save) for save in saves)
+    for key in METRICS:
+        assert resumed[key].tolist() == whole[key].tolist(), key
+
+
+def test_state_saved_as_its_ranks_held_it_is_for_them_alone(straight, ranks, reference_data, tmp_path):
+    """Other data-parallel ranks can read it, other tensor-parallel ones and other buckets cannot; weights can be."""
+    save = tmp_path / "run"
+    overlap = DataParallelConfig(overlap_grad_reduce=True)
+
+    def config(axes: Axes, *, stop: int | None = None, buckets: DataParallelConfig = overlap) -> RunConfig:
+        run = run_of(axes, reference_data, save, stop=stop, data_parallel=buckets)
+        return replace(run, checkpoint=replace(run.checkpoint, save_hf=None, **AS_HELD))
+
+    ranks(2).run(run_all, [config(Axes(dp=2), stop=STOP)])
+    for axes, buckets, now in (
+        (Axes(tp=2), overlap, "TP 2 x PP 1, buckets of 40000000 parameters"),
+        (Axes(pp=2, vpp_layers=1), overlap, "TP 1 x PP 2 x 2 chunks, buckets of 40000000 parameters"),
+        (Axes(dp=2), DataParallelConfig(overlap_grad_reduce=False), "TP 1 x PP 1, one bucket"),
+        (Axes(dp=2), OVERLAP, "TP 1 x PP 1, buckets of 10000 parameters"),
+    ):
+        said = "TP 1 x PP 1, buckets of 40000000 parameters; this run has " + now
+        with pytest.raises(ValueError, match=f"^--load .*: its optimizer state was saved for the same layout.*{said}"):
+            ranks(2).run(run_all, [config(axes, buckets=buckets)])
+    other = replace(config(Axes(tp=2)), checkpoint=CheckpointConfig(pretrained_checkpoint=str(save)))
+    ranks(2).run(run_all, [replace(other, train=replace(other.train, train_iters=1), windows=other.windows)])
+    ranks(1).run(run_all, [config(Axes())])
     close(metrics_of(save), metrics_of(straight))
 
 

@@ -14,6 +14,7 @@ from megatron_tw.config.schema import (
     ComputeConfig,
     DataConfig,
     DataParallelConfig,
+    KernelConfig,
     ModelConfig,
     OptimizationConfig,
     ParallelConfig,
@@ -30,6 +31,9 @@ LARGEST_STEP = 10**9
 LARGEST_TIMEOUT = 60 * 24 * 365
 """Minutes: a year. What the system's clocks take ends not far above."""
 LARGEST_VOCABULARY_MULTIPLE = 2**16
+RECOMPUTE_MODULES = ("core_attn", "mlp")
+"""Of Megatron-Core's, those that a dense layer has. Not layernorm: Megatron-Core recomputes it with Transformer Engine
+alone, whose layers have none by itself."""
 
 
 def check_config(config: RunConfig, world_size: int | None = None) -> None:
@@ -38,7 +42,10 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
     check_data_parallel(config.data_parallel)
     check_model(config.model)
     check_compute(config.compute, config.parallel)
-    check_activations(config.activations)
+    check_activations(config.activations, config.parallel)
+    check_kernels(config.kernels, config.parallel, config.compute)
+    if config.kernels.fp8_format is not None:
+        check_fp8_tokens(config.parallel, config.data.seq_length, config.train.micro_batch_size)
     check_weighting(config.weighting)
     check_scorer(config.scorer)
     check_seq_length(config.parallel, config.data.seq_length)
@@ -138,7 +145,8 @@ def check_data_parallel(data_parallel: DataParallelConfig) -> None:
         ("overlap_param_gather", data_parallel.overlap_param_gather),
     ):
         _require(
-            data_parallel.overlap_grad_reduce or not given, f"{flag(name)}: expected --overlap-grad-reduce with it"
+            data_parallel.overlap_grad_reduce is not False or not given,
+            f"{flag(name)}: expected --overlap-grad-reduce with it, got --no-overlap-grad-reduce",
         )
 
 
@@ -224,8 +232,23 @@ def check_compute(compute: ComputeConfig, parallel: ParallelConfig) -> None:
     )
 
 
-def check_activations(activations: ActivationConfig) -> None:
+def check_activations(activations: ActivationConfig, parallel: ParallelConfig) -> None:
     """The combinations of recompute options that Megatron-Core knows, and the range of what the loss keeps."""
+    modules = activations.recompute_modules
+    _require(
+        modules is None or activations.recompute_granularity == "selective",
+        f"--recompute-modules: expected --recompute-granularity selective with it, got "
+        f"{activations.recompute_granularity}",
+    )
+    _require(
+        modules is None or (len(modules) > 0 and set(modules) <= set(RECOMPUTE_MODULES)),
+        f"--recompute-modules: expected some of {', '.join(RECOMPUTE_MODULES)}, got "
+        f"{', '.join(modules or ()) or 'none'}",
+    )
+    _require(
+        not activations.recompute_cp_gather or parallel.context_parallel_size > 1,
+        "--recompute-cp-gather: expected a --context-parallel-size above 1 with it, got 1",
+    )
     _at_least(0, loss_keep_logits_mib=activations.loss_keep_logits_mib)
     _at_least(1, recompute_num_layers=activations.recompute_num_layers)
     for name in ("recompute_method", "recompute_num_layers"):
@@ -236,6 +259,75 @@ def check_activations(activations: ActivationConfig) -> None:
             not given or wanted,
             f"{flag(name)}: expected --recompute-granularity full, got {activations.recompute_granularity}",
         )
+
+
+def check_kernels(kernels: KernelConfig, parallel: ParallelConfig, compute: ComputeConfig) -> None:
+    """What FP8 and user buffers need of other options, and what deterministic mode excludes."""
+    _at_least(0, fp8_margin=kernels.fp8_margin)
+    _at_least(1, fp8_amax_history_len=kernels.fp8_amax_history_len)
+    for name in ("fp8_recipe", "fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo"):
+        value, default = getattr(kernels, name), getattr(KernelConfig, name)
+        _require(value == default or kernels.fp8_format is not None, f"{flag(name)}: expected --fp8-format with it")
+        _require(
+            value == default or name == "fp8_recipe" or kernels.fp8_recipe == "delayed",
+            f"{flag(name)}: expected --fp8-recipe delayed, got {kernels.fp8_recipe}",
+        )
+    for name, given in (
+        ("fp8_format", kernels.fp8_format is not None),
+        ("tp_comm_overlap", kernels.tp_comm_overlap),
+    ):
+        _require(
+            not given or (compute.bf16 and compute.transformer_impl != "local"),
+            f"{flag(name)}: expected --bf16 and Transformer Engine's layers, got "
+            f"{'--transformer-impl local' if compute.bf16 else 'fp32'}",
+        )
+    _require(
+        not kernels.tp_comm_overlap or parallel.uses_sequence_parallel,
+        "--tp-comm-overlap: expected --tensor-model-parallel-size above 1 with sequence parallelism, got "
+        f"{parallel.tensor_model_parallel_size}",
+    )
+    _require(
+        kernels.tp_comm_bootstrap_backend == KernelConfig.tp_comm_bootstrap_backend or kernels.tp_comm_overlap,
+        "--tp-comm-bootstrap-backend: expected --tp-comm-overlap with it",
+    )
+    _require(
+        not (kernels.deterministic_mode and kernels.tp_comm_overlap),
+        "--deterministic-mode: expected --no-tp-comm-overlap with it",
+    )
+
+
+FP8_MULTIPLE = 16
+"""What Transformer Engine wants the dimensions of a matrix product in FP8 to be a multiple of."""
+
+
+def check_fp8_tokens(parallel: ParallelConfig, seq_length: int, micro_batch_size: int) -> None:
+    """That the tokens which a rank multiplies are as many as FP8 kernels take."""
+    ranks = parallel.context_parallel_size
+    if parallel.uses_sequence_parallel:
+        ranks *= parallel.tensor_model_parallel_size
+    tokens = seq_length * micro_batch_size // ranks
+    _require(
+        tokens % FP8_MULTIPLE == 0,
+        f"--fp8-format: expected a multiple of {FP8_MULTIPLE} tokens on a rank, got --seq-length {seq_length} x "
+        f"--micro-batch-size {micro_batch_size} over {ranks} ranks = {tokens}",
+    )
+
+
+LONGEST_MATERIALIZED = 8192
+"""Tokens of a row for which all scores of a head may exist at once."""
+
+
+def check_fp32_attention(
+    option: str, *, on_gpu: bool, bf16: bool, num_attention_heads: int, num_query_groups: int, seq_length: int
+) -> None:
+    """Refuse what would end in memory: on a GPU, PyTorch has no kernel for fp32 with fewer key-value heads than query
+    heads. It then makes a mask and all scores, tokens x tokens."""
+    _require(
+        not on_gpu or bf16 or num_attention_heads == num_query_groups or seq_length <= LONGEST_MATERIALIZED,
+        f"{option}: expected at most {LONGEST_MATERIALIZED} in fp32 on a GPU, where the attention of "
+        f"{num_attention_heads} heads with {num_query_groups} key-value heads holds tokens x tokens scores, got "
+        f"{seq_length}; --bf16 holds none",
+    )
 
 
 def check_optimizer(optimizer: OptimizationConfig) -> None:
@@ -249,6 +341,16 @@ def check_optimizer(optimizer: OptimizationConfig) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         beta = getattr(optimizer, name)
         _require(0 <= beta < 1, f"{flag(name)}: expected at least 0 and less than 1, got {beta}")
+    _within(0.0, 1.0, optimizer_offload_fraction=optimizer.optimizer_offload_fraction)
+    for name in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype", "optimizer_cpu_offload"):
+        _require(
+            getattr(optimizer, name) == getattr(OptimizationConfig, name) or optimizer.use_precision_aware_optimizer,
+            f"{flag(name)}: expected --use-precision-aware-optimizer with it",
+        )
+    _require(
+        optimizer.optimizer_offload_fraction == 1.0 or optimizer.optimizer_cpu_offload,
+        "--optimizer-offload-fraction: expected --optimizer-cpu-offload with it",
+    )
     _require(
         optimizer.lr_decay_iters is None or optimizer.lr_warmup_iters < optimizer.lr_decay_iters,
         f"--lr-warmup-iters: expected less than --lr-decay-iters {optimizer.lr_decay_iters}, got "

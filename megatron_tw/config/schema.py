@@ -5,7 +5,7 @@ Names that Megatron has are Megatron's. `None` means "decided from the rest", as
 the only place that decides it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import lcm
 from pathlib import Path
 from typing import Literal
@@ -65,13 +65,28 @@ class ParallelConfig(ShardingConfig):
 class DataParallelConfig:
     """Data parallelism: when the copies of the model exchange gradients and weights."""
 
-    overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward pass still runs."""
-    overlap_param_gather: bool = False
-    """Gather updated weights while the next forward pass runs (needs --overlap-grad-reduce)."""
+    overlap_grad_reduce: bool | None = None
+    """Reduce gradients while the backward pass still runs (null: on where data- and context-parallel ranks are more
+    than one)."""
+    overlap_param_gather: bool | None = None
+    """Gather updated weights while the next forward pass runs, which needs --overlap-grad-reduce (null: on where that
+    is on, but off with --scorer ema, which averages the weights before)."""
     ddp_bucket_size: int | None = None
     """Parameters whose gradients are reduced at a time under --overlap-grad-reduce (null: Megatron-Core's default, 40
     million or a million for each data- and context-parallel rank)."""
+
+    def decided(self, ranks: int, *, weights_used_at_once: bool) -> "DataParallelConfig":
+        """With its overlaps filled in.
+
+        ranks: data- x context-parallel ranks, over which gradients are summed. weights_used_at_once: something reads
+        the whole updated weights before the next forward pass.
+        """
+        reduce, gather = self.overlap_grad_reduce, self.overlap_param_gather
+        if reduce is None:
+            reduce = ranks > 1 or bool(gather)
+        if gather is None:
+            gather = reduce and ranks > 1 and not weights_used_at_once
+        return replace(self, overlap_grad_reduce=reduce, overlap_param_gather=gather)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +120,42 @@ class ComputeConfig:
     """Tokens whose logits exist at once in the loss (null: chosen from the vocabulary size)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class KernelConfig:
+    """Kernels: what Transformer Engine, Apex and NVIDIA's libraries compute and send, where they are."""
+
+    gradient_accumulation_fusion: bool | None = None
+    """Weight gradients are added up by the matrix product itself (null: on where there is a GPU and Apex's
+    fused_weight_gradient_mlp_cuda)."""
+    rope_fusion: bool | None = None
+    """Queries and keys are rotated by one kernel (null: on with Transformer Engine's layers, but off where cos and sin
+    are multiplied by a factor, as with yarn)."""
+    bias_swiglu_fusion: bool | None = None
+    """SwiGLU is compiled into one kernel (null: on where there is a GPU and a compiler, for models with SwiGLU)."""
+    bias_dropout_fusion: bool | None = None
+    """Bias and residual are added by one compiled kernel (null: on where there is a GPU and a compiler)."""
+    deterministic_mode: bool = False
+    """The same numbers in every run on the same ranks: deterministic algorithms of PyTorch, cuBLAS, NCCL (Ring) and
+    Transformer Engine; slower."""
+    tp_comm_overlap: bool = False
+    """Tensor-parallel communication beside the matrix products, in Transformer Engine's user buffers (needs TP > 1 with
+    sequence parallelism); off in forward passes with another number of tokens, such as short windows."""
+    tp_comm_bootstrap_backend: Literal["nccl", "mpi", "gloo"] = "nccl"
+    """By which the ranks find each other when the user buffers are made."""
+    fp8_format: Literal["e4m3", "hybrid"] | None = None
+    """Matrix products of the layers in FP8 with Transformer Engine: e4m3 everywhere, or hybrid, e5m2 for gradients
+    (null: in bf16). Scoring and held-out losses stay in bf16."""
+    fp8_recipe: Literal["tensorwise", "delayed", "mxfp8", "blockwise"] = "delayed"
+    """How numbers are scaled for FP8: by the current tensor's largest, by those of steps before, or in blocks (mxfp8:
+    Blackwell alone)."""
+    fp8_margin: int = 0
+    """For delayed: powers of two that are left free above the largest number."""
+    fp8_amax_history_len: int = 1
+    """For delayed: steps whose largest numbers are remembered."""
+    fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
+    """For delayed: which of the remembered numbers counts."""
+
+
 DEFAULT_KEEP_LOGITS_MIB = 1024
 """--loss-keep-logits-mib where it is not given and no weights are sparse."""
 
@@ -114,11 +165,17 @@ class ActivationConfig:
     """Activations: what is kept from the forward pass to the backward pass, and what is made again."""
 
     recompute_granularity: Literal["selective", "full"] | None = None
-    """Activations computed again in the backward pass: of the core attention (selective) or of whole layers (full)."""
+    """Activations computed again in the backward pass: of --recompute-modules (selective) or of whole layers (full)."""
+    recompute_modules: tuple[str, ...] | None = None
+    """For selective: the parts of a layer whose activations are computed again, of core_attn and mlp (null:
+    core_attn)."""
     recompute_method: Literal["uniform", "block"] | None = None
     """For full: layers in equal chunks (uniform), or only the first ones of each stage (block)."""
     recompute_num_layers: int | None = None
     """For full: layers of a chunk (uniform), or how many layers (block)."""
+    recompute_cp_gather: bool = False
+    """Under CP without Transformer Engine: gather the keys and values of other ranks again in the backward pass instead
+    of keeping them, without computing the attention again (nothing to gain where that is computed again anyway)."""
     loss_keep_logits_mib: int | None = None
     """MiB in which the loss keeps logits from forward to backward instead of making them again; tokens kept = MiB x
     2^20 / (padded vocabulary / TP x bytes of a number). (null: 1024, and 0 where weights are sparse)."""
@@ -193,6 +250,20 @@ class OptimizationConfig:
     """Decay of the running mean of their squares."""
     adam_eps: float = 1e-8
     """Added to the denominator of the update."""
+    use_precision_aware_optimizer: bool = False
+    """Let main weights, gradients and moments have other types than fp32 (needs Transformer Engine with its AdamW)."""
+    main_grads_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type of the gradients that are summed and reduced."""
+    main_params_dtype: Literal["fp32", "fp16"] = "fp32"
+    """Type of the main weights."""
+    exp_avg_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = "fp32"
+    """Type of the running mean of the gradients."""
+    exp_avg_sq_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = "fp32"
+    """Type of the running mean of their squares."""
+    optimizer_cpu_offload: bool = False
+    """Keep optimizer state in the host's memory and update there (needs --use-precision-aware-optimizer)."""
+    optimizer_offload_fraction: float = 1.0
+    """For --optimizer-cpu-offload: the share that is kept there."""
 
     def decay_iters(self, train_iters: int) -> int:
         """Step at which the decay ends. Megatron's scheduler wants more of them than warm-up steps, so a run that ends
@@ -312,6 +383,11 @@ class CheckpointConfig:
     pretrained_checkpoint: str | None = None
     """Folder of an earlier run, or one checkpoint of it, whose weights alone a fresh run starts from, at iteration 0;
     the old context is then its rows' length (a checkpoint under --load wins; --load-hf may be left out)."""
+    dist_ckpt_optim_fully_reshardable: bool = True
+    """Save the optimizer's state so that any layout can load it; else as its ranks hold it, without gathering it on the
+    hosts, and only a run of the same TP, PP and layers a stage can resume it."""
+    ckpt_fully_parallel_load: bool = False
+    """Share the reading of a checkpoint among data-parallel ranks, which then send each other what they read."""
     verify_checkpoint: bool = True
     """Compare the files of a checkpoint or an export with their checksums before it is read."""
     save_hf: str | None = None
@@ -338,6 +414,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     activations: ActivationConfig = field(default_factory=ActivationConfig)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizationConfig = field(default_factory=OptimizationConfig)

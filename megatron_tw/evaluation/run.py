@@ -24,7 +24,7 @@ from megatron_tw.model.forward import ShortWindowForward, long_nll
 from megatron_tw.parallel.contact import now_at
 from megatron_tw.parallel.devices import Device
 from megatron_tw.parallel.layout import Layout
-from megatron_tw.runtime.opening import join_world, open_model, open_rows
+from megatron_tw.runtime.opening import check_attention, join_world, open_model, open_rows
 from megatron_tw.runtime.source import open_source, row_bos_id
 from megatron_tw.weighting import unfrozen_short_nll
 
@@ -48,6 +48,7 @@ def evaluate(config: EvaluationConfig) -> EvaluationResult | None:
     if options.load is not None and source.saved is None:
         raise ValueError(f"--load {options.load}: holds no checkpoint")
     rows = open_rows("--data-path", options.data_path, source, options.seq_length)
+    check_attention(config.compute, source, device, options.seq_length)
     bos_id = row_bos_id(options.bos_id, rows, source.architecture)
     num_rows = len(rows) if options.eval_rows is None else min(options.eval_rows, len(rows))
     windows = config.windows.of_rows(options.seq_length)

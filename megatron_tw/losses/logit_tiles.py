@@ -7,7 +7,8 @@ Shape suffixes: M tokens, B vocabulary entries of the tile.
 
 import functools
 import importlib.util
-from types import ModuleType
+import subprocess
+import warnings
 from typing import Protocol
 
 import torch
@@ -53,18 +54,41 @@ class TileOperations(Protocol):
 
 def tile_operations(device: torch.device, sum_dtype: torch.dtype) -> TileOperations:
     """The fused kernels on a GPU with Triton (they compute in fp32), else this module."""
-    if device.type == "cuda" and sum_dtype == torch.float32 and _triton_kernels() is not None:
-        return _triton_kernels()  # type: ignore[return-value]
+    if device.type == "cuda" and sum_dtype == torch.float32 and kernels_compile(device):
+        from megatron_tw.losses import triton_tiles
+
+        return triton_tiles
     return PLAIN
 
 
 @functools.cache
-def _triton_kernels() -> ModuleType | None:
+def kernels_compile(device: torch.device) -> bool:
+    """Whether Triton is installed and compiles for `device`, which takes a C compiler and Python's headers: tried once,
+    on a tile of two logits. Where it is installed and does not compile, one warning says why."""
     if importlib.util.find_spec("triton") is None:
-        return None
-    from megatron_tw.losses import triton_tiles
+        return False
+    try:
+        from megatron_tw.losses import triton_tiles
 
-    return triton_tiles
+        tile_MB, target_M = torch.zeros(1, 2, device=device), torch.zeros(1, device=device)
+        label_M, max_M = torch.zeros(1, dtype=torch.int64, device=device), torch.full((1,), -torch.inf, device=device)
+        sum_M = torch.zeros(1, device=device)
+        triton_tiles.add_statistics_(tile_MB, label_M, target_M, max_M, sum_M, keep=False)
+    except _CANNOT_COMPILE as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(
+            f"Triton's kernels cannot be compiled here ({reason}): loss and layers go without; a C compiler and "
+            "Python's headers (python3-dev) may be missing",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+_CANNOT_COMPILE = (RuntimeError, OSError, ImportError, subprocess.SubprocessError)
+"""What Triton raises without a compiler (RuntimeError), with one that fails, as it does without headers
+(CalledProcessError), and with libraries that are not there."""
 
 
 class _PlainTiles:

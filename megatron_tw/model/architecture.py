@@ -12,12 +12,14 @@ from torch import Tensor
 from megatron_tw.config import (
     ActivationConfig,
     ComputeConfig,
+    KernelConfig,
     ModelConfig,
     ParallelConfig,
     check_model_shape,
     padded_vocab_size,
 )
 from megatron_tw.model.families import Family, family_of
+from megatron_tw.model.kernels import Parts, kernel_fields
 from megatron_tw.model.rotary import (
     Origin,
     multiply_cos_and_sin,
@@ -210,12 +212,17 @@ def transformer_config(
     *,
     on_gpu: bool,
     num_model_chunks: int | None,
+    kernels: KernelConfig | None = None,
+    parts: Parts | None = None,
 ) -> TransformerConfig:
     """Megatron-Core's configuration of this model under this run's parallelism and precision.
 
+    kernels, parts: asked for, and here; None: nothing.
+
     Raises:
-        ValueError: heads, layers or groups do not divide as the layout asks.
+        ValueError: heads, layers or groups do not divide as the layout asks, or `kernels` asks for what is not here.
     """
+    factor = rotary_embedding(architecture).attention_factor
     check_model_shape(
         parallel,
         num_layers=architecture.num_layers,
@@ -253,18 +260,22 @@ def transformer_config(
         recompute_granularity=activations.recompute_granularity,
         recompute_method=activations.recompute_method,
         recompute_num_layers=activations.recompute_num_layers,
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=on_gpu and architecture.family.fused_activation,
-        bias_dropout_fusion=on_gpu,
+        recompute_modules=list(activations.recompute_modules) if activations.recompute_modules else None,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        apply_rope_fusion=False,
+        **kernel_fields(
+            kernels or KernelConfig(),
+            parts or Parts(),
+            swiglu=bool(architecture.family.megatron["gated_linear_unit"]),
+            fused_activation=architecture.family.fused_activation,
+            rotary_factor=factor,
+        ),
         # An interleaved pipeline sends and receives while it computes; the batched calls of the others do not overlap.
         batch_p2p_comm=on_gpu and num_model_chunks is None,
         overlap_p2p_comm=on_gpu and num_model_chunks is not None,
         deallocate_pipeline_outputs=True,
     )
-    multiply_cos_and_sin(config, rotary_embedding(architecture).attention_factor)
+    multiply_cos_and_sin(config, factor)
     return config
 
 

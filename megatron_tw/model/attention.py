@@ -1,15 +1,15 @@
 """Core attention under context parallelism without Transformer Engine, on CPU and GPU. S = this rank's tokens, N =
 all tokens, B = batch, H = query heads, G = key-value heads, D = head size.
 
-Keys and values are gathered over the context-parallel group (differentiable: the backward pass reduce-scatters), and
-each of this rank's two zigzag chunks attends to the keys up to its own end, with PyTorch's
-scaled_dot_product_attention and a bottom-right causal mask.
+Keys and values are gathered over the context-parallel group (context_gather.py), and each of this rank's two zigzag
+chunks attends to the keys up to its own end, with PyTorch's scaled_dot_product_attention and a bottom-right causal
+mask.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -17,8 +17,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
+from megatron_tw.model.context_gather import GatherKeysValues, gathered_again
 from megatron_tw.model.sequence import SequenceShard
-from megatron_tw.objective.zigzag import unshard, zigzag_shard
 
 
 class ContextParallelAttention(MegatronModule):
@@ -40,6 +40,8 @@ class ContextParallelAttention(MegatronModule):
                 f"only causal self-attention is supported, not {attn_mask_type} {attention_type}-attention"
             )
         self.softmax_scale = softmax_scale
+        self.gathers_again = False
+        """Gather keys and values again in backward (--recompute-cp-gather)."""
 
     def forward(
         self,
@@ -56,31 +58,41 @@ class ContextParallelAttention(MegatronModule):
         shard = packed_seq_params
         assert isinstance(shard, SequenceShard), "every forward pass names its SequenceShard"
         q_BHSD, k_BGSD, v_BGSD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        grouped = q_BHSD.shape[1] != k_BGSD.shape[1]
         if shard.size == 1:
             out_BHSD = F.scaled_dot_product_attention(
-                q_BHSD, k_BGSD, v_BGSD, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
+                q_BHSD,
+                k_BGSD,
+                v_BGSD,
+                is_causal=True,
+                scale=self.softmax_scale,
+                enable_gqa=q_BHSD.shape[1] != k_BGSD.shape[1],
             )
         else:
-            k_BGND, v_BGND = _GatherKeysValues.apply(torch.stack((k_BGSD, v_BGSD)), shard.cp_group, shard.rank)
-            chunk = q_BHSD.shape[2] // 2
-            outputs = []
-            for index, q_BHCD in zip(
-                (shard.rank, 2 * shard.size - 1 - shard.rank), q_BHSD.chunk(2, dim=2), strict=True
-            ):
-                seen = (index + 1) * chunk
-                outputs.append(
-                    F.scaled_dot_product_attention(
-                        q_BHCD,
-                        k_BGND[:, :, :seen],
-                        v_BGND[:, :, :seen],
-                        attn_mask=bottom_right_causal(chunk, seen),
-                        scale=self.softmax_scale,
-                        enable_gqa=grouped,
-                    )
-                )
-            out_BHSD = torch.cat(outputs, dim=2)
+            kv_2BGSD = torch.stack((k_BGSD, v_BGSD))
+            kv_2BGND = GatherKeysValues.apply(kv_2BGSD, shard.cp_group, shard.rank)
+            again = gathered_again(kv_2BGND, kv_2BGSD, shard.cp_group) if self.gathers_again else nullcontext()
+            with again:
+                out_BHSD = self._attend_to_gathered(q_BHSD, kv_2BGND, shard)
         return out_BHSD.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+    def _attend_to_gathered(self, q_BHSD: Tensor, kv_2BGND: Tensor, shard: SequenceShard) -> Tensor:
+        """Each of this rank's two chunks [B, H, C, D] of queries with the keys up to its own end."""
+        k_BGND, v_BGND = kv_2BGND
+        chunk = q_BHSD.shape[2] // 2
+        outputs = []
+        for index, q_BHCD in zip((shard.rank, 2 * shard.size - 1 - shard.rank), q_BHSD.chunk(2, dim=2), strict=True):
+            seen = (index + 1) * chunk
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    q_BHCD,
+                    k_BGND[:, :, :seen],
+                    v_BGND[:, :, :seen],
+                    attn_mask=bottom_right_causal(chunk, seen),
+                    scale=self.softmax_scale,
+                    enable_gqa=q_BHSD.shape[1] != k_BGND.shape[1],
+                )
+            )
+        return torch.cat(outputs, dim=2)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """No parameters, nothing in a checkpoint."""
@@ -95,24 +107,3 @@ def bottom_right_causal(queries: int, keys: int) -> CausalBias:
     bias = torch.Tensor._make_subclass(CausalBias, torch.empty(0))
     CausalBias.__init__(bias, CausalVariant.LOWER_RIGHT, queries, keys)
     return bias
-
-
-class _GatherKeysValues(torch.autograd.Function):
-    """[2, B, G, S, D] of every rank -> [2, B, G, N, D] in sequence order; backward: summed over ranks, this rank's
-    slice."""
-
-    @staticmethod
-    def forward(ctx: Any, kv_local: Tensor, group: dist.ProcessGroup, rank: int) -> Tensor:
-        ctx.group, ctx.rank = group, rank
-        shards = [torch.empty_like(kv_local, memory_format=torch.contiguous_format) for _ in range(group.size())]
-        dist.all_gather(shards, kv_local.contiguous(), group=group)
-        return unshard(shards, 3)
-
-    @staticmethod
-    def backward(ctx: Any, grad_kv: Tensor) -> tuple[Tensor, None, None]:
-        size = ctx.group.size()
-        # In fp32: sums of many bf16 terms over ranks would depend on the layout.
-        parts = [zigzag_shard(grad_kv, 3, rank=rank, size=size).float().contiguous() for rank in range(size)]
-        mine = torch.empty_like(parts[0])
-        dist.reduce_scatter(mine, parts, group=ctx.group)
-        return mine.to(grad_kv.dtype), None, None

@@ -13,17 +13,21 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_tw.config import ActivationConfig, ComputeConfig, ParallelConfig
+from megatron_tw.config import ActivationConfig, ComputeConfig, KernelConfig, ParallelConfig
 from megatron_tw.model.architecture import Architecture, export_hf_config, megatron_vocab_size, transformer_config
+from megatron_tw.model.attention import ContextParallelAttention
 from megatron_tw.model.families.table import TensorParallel, export_parameter, import_parameter, tensor_names
 from megatron_tw.model.gpt import TokenWeightedGPT, layer_spec, transformer_engine_available
 from megatron_tw.model.huggingface import SafetensorsFolder
+from megatron_tw.model.kernels import BUFFER_TOKENS, Parts
+from megatron_tw.model.user_buffers import make_user_buffers
 from megatron_tw.parallel.agree import raise_together
 from megatron_tw.parallel.devices import Device
 from megatron_tw.parallel.layout import Layout
 
 FORWARD_ONLY = ActivationConfig()
 """Nothing is kept for a backward pass, so there is nothing to make again."""
+BY_WHAT_IS_HERE = KernelConfig()
 MAX_SHARD_BYTES = 5 * 10**9
 """Size at which an exported safetensors file is closed and the next one begun, as Hugging Face does."""
 
@@ -36,20 +40,33 @@ def build_model(
     device: Device,
     *,
     activations: ActivationConfig = FORWARD_ONLY,
+    kernels: KernelConfig = BY_WHAT_IS_HERE,
+    tokens: int = 0,
     keep_logits_mib: int = 0,
 ) -> list[TokenWeightedGPT]:
     """This rank's model chunks (one without interleaving), parameters allocated on the device and not yet filled.
 
     activations, keep_logits_mib: of a model that will be trained; what the loss may keep for its backward pass.
+    kernels: which are asked for. tokens: of a micro-batch on a rank in training; only --tp-comm-overlap needs it.
 
     Raises:
-        ValueError: `--transformer-impl transformer_engine` where it is not installed or in fp32, or a layout that the
-        model does not admit.
+        ValueError: `--transformer-impl transformer_engine` where it is not installed or in fp32, kernels that are not
+        here, or a layout that the model does not admit.
     """
     use_te = takes_transformer_engine(compute, available=transformer_engine_available() and device.type == "cuda")
     megatron_config = transformer_config(
-        architecture, parallel, compute, activations, on_gpu=device.type == "cuda", num_model_chunks=layout.vpp_size
+        architecture,
+        parallel,
+        compute,
+        activations,
+        on_gpu=device.type == "cuda",
+        num_model_chunks=layout.vpp_size,
+        kernels=kernels,
+        parts=Parts.here(device, transformer_engine=use_te),
     )
+    if kernels.tp_comm_overlap:
+        make_user_buffers(kernels, tokens=tokens, hidden_size=architecture.hidden_size, tp_size=layout.tp_size)
+        setattr(megatron_config, BUFFER_TOKENS, tokens)
     chunks = []
     for vp_stage in range(layout.vpp_size or 1):
         stage = vp_stage if layout.vpp_size else None
@@ -67,7 +84,26 @@ def build_model(
             loss_keep_logits_bytes=keep_logits_mib << 20,
         )
         chunks.append(chunk.to(device.device))
+    if activations.recompute_cp_gather:
+        _gather_again(chunks)
     return chunks
+
+
+def _gather_again(chunks: Sequence[TokenWeightedGPT]) -> None:
+    """--recompute-cp-gather, of our own attention.
+
+    Raises:
+        ValueError: the model has another.
+    """
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            attention = layer.self_attention.core_attention
+            if not isinstance(attention, ContextParallelAttention):
+                raise ValueError(
+                    "--recompute-cp-gather: expected --transformer-impl local with it; Transformer Engine's attention "
+                    "keeps no gathered keys and values"
+                )
+            attention.gathers_again = True
 
 
 def takes_transformer_engine(compute: ComputeConfig, *, available: bool) -> bool:

@@ -17,6 +17,7 @@ import torch
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
+from megatron_tw.model.kernels import as_in_scoring
 from megatron_tw.model.sequence import SequenceShard
 from megatron_tw.objective.rows import RowLayout
 from megatron_tw.objective.short_windows import IGNORED, lay_out_windows
@@ -109,16 +110,17 @@ def forward_nll(
     for chunk in model:
         chunk.eval()
     try:
-        reports = run_schedule(
-            model,
-            _nll_step,
-            micro_batches,
-            local_length=micro_batches[0].ids_MS.shape[1],
-            micro_batch_size=micro_batches[0].ids_MS.shape[0],
-            layout=layout,
-            forward_only=True,
-            pipelined=pipelined,
-        )
+        with as_in_scoring(model, micro_batches[0].ids_MS.numel()):
+            reports = run_schedule(
+                model,
+                _nll_step,
+                micro_batches,
+                local_length=micro_batches[0].ids_MS.shape[1],
+                micro_batch_size=micro_batches[0].ids_MS.shape[0],
+                layout=layout,
+                forward_only=True,
+                pipelined=pipelined,
+            )
     finally:
         for chunk, mode in zip(model, modes, strict=True):
             chunk.train(mode)

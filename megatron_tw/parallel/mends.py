@@ -23,6 +23,7 @@ def mend_megatron() -> None:
     DistributedOptimizer._megatron_tw_mended = True
     mend_bucket_padding()
     mend_adamw_fallback()
+    mend_steps_of_state_saved_as_held()
     mend_synchronous_saves()
 
 
@@ -140,6 +141,27 @@ def mend_adamw_fallback() -> None:
     DistributedOptimizer.state_dict = state_dict_from_the_start
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states_without_step
     DistributedOptimizer.load_state_dict = load_with_own_steps
+
+
+def mend_steps_of_state_saved_as_held() -> None:
+    """Keep the loaded number of steps when optimizer state is loaded as its ranks hold it ("dp_reshardable").
+
+    torch's AdamW has a `step` for each parameter, which a checkpoint keeps once for all; Megatron-Core sets it, and
+    then sets it back to what it was before the load. (With --optimizer-cpu-offload beside Transformer Engine too.)
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    load = DistributedOptimizer.load_parameter_state_from_dp_reshardable
+
+    @functools.wraps(load)
+    def load_without_steps(self, state_dict):  # type: ignore[no-untyped-def]
+        for number in range(len(self.buffers)):
+            for buckets in state_dict[number].values():
+                for parameter in (parameter for bucket in buckets for parameter in bucket):
+                    parameter.pop("step", None)
+        return load(self, state_dict)
+
+    DistributedOptimizer.load_parameter_state_from_dp_reshardable = load_without_steps
 
 
 def mend_synchronous_saves() -> None:

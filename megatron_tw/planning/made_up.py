@@ -66,7 +66,9 @@ class MadeUpRows(TokenRows):
 class MadeUpSource(ModelSource):
     """A model whose weights nobody reads."""
 
-    def fill(self, chunks: Sequence[TokenWeightedGPT], layout: Layout, *state: Any) -> None:
+    def fill(
+        self, chunks: Sequence[TokenWeightedGPT], layout: Layout, *state: Any, parallel_load: bool = False
+    ) -> None:
         return
 
 

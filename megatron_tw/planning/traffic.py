@@ -83,9 +83,9 @@ def collectives_of(sizes: Sizes) -> list[Collective]:
             add(phase, "PP", "send", stages, count * sizes.chunks, message, sizes.chunks > 1)
     weights, sharded = weights_of_a_rank(sizes, last=True).total, sizes.copies * context
     options = config.data_parallel
-    add("backward", "DP x CP", "reduce_scatter", sharded, 1, 4 * weights, options.overlap_grad_reduce)
+    add("backward", "DP x CP", "reduce_scatter", sharded, 1, 4 * weights, bool(options.overlap_grad_reduce))
     gather = "forward" if options.overlap_param_gather else "optimizer"
-    add(gather, "DP x CP", "all_gather", sharded, 1, b * weights, options.overlap_param_gather)
+    add(gather, "DP x CP", "all_gather", sharded, 1, b * weights, bool(options.overlap_param_gather))
     if sizes.scoring is not None:
         tokens = sizes.windows_of_a_rank * sizes.scoring.windows[0].length
         scored = sizes.rows / sizes.copies

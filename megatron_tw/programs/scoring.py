@@ -30,7 +30,7 @@ from megatron_tw.parallel.agree import raise_together
 from megatron_tw.parallel.contact import now_at
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.runtime.lock import hold_folder
-from megatron_tw.runtime.opening import join_world, named, open_model
+from megatron_tw.runtime.opening import check_attention, join_world, named, open_model
 from megatron_tw.runtime.source import open_source, row_bos_id
 
 HASHED_AT_ONCE = 1 << 26
@@ -57,6 +57,7 @@ def score_tokens(config: ScoringConfig) -> Path:
     source = open_source(config.model, load=None, seq_length=seq_length)
     architecture = source.architecture
     architecture.check_length(windows.tokens, "--short-window")
+    check_attention(config.compute, source, device, windows.tokens, "--short-window")
     check_scorer_vocabulary(rows, folder, architecture.vocab_size)
     bos_id = row_bos_id(options.bos_id, rows, architecture)
     header = ScoresHeader(

@@ -31,6 +31,8 @@ import torch.distributed as dist
 from megatron import core
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint import FileSystemReader
@@ -49,6 +51,7 @@ from megatron_tw.runtime.run_folder import (
     FORMAT_VERSION,
     HEADER_FILE,
     TRACKER,
+    OptimizerShards,
     RunState,
     SavedCheckpoint,
     checkpoint_dir,
@@ -64,12 +67,16 @@ _OF_DAMAGE = (
     *(pickle.UnpicklingError, AttributeError, ImportError, IndexError, TypeError, ValueError),
 )
 """What Megatron-Core and torch raise for damaged files; the second line is of what pickle raises for its own."""
-_METADATA = {
+_FOR_ANY_LAYOUT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
 }
-"""Optimizer state in the shape of the parameters, so that another layout can read it; gathered on the host of one
-data-parallel rank, which needs 12 bytes for each parameter of its tensor- and pipeline-parallel shard."""
+"""Optimizer state in the shape of the parameters, so that another layout can read it. One data-parallel rank gathers it
+on its host, which needs about 24 bytes for each parameter of its tensor- and pipeline-parallel shard while it does: the
+12 bytes of fp32 main weight and moments whole, and of one of them at a time what it receives and joins. Loading, every
+rank reads those 12 bytes."""
+_AS_RANKS_HOLD_IT = {"distrib_optim_sharding_type": "dp_reshardable"}
+"""Each rank writes its own part, without gathering it; read by the same TP, PP, model chunks and buckets alone."""
 
 
 class HasState(Protocol):
@@ -94,12 +101,13 @@ def save_checkpoint(
     scorer: HasState | None = None,
     config: object | None = None,
     tokenizer_dir: Path | None = None,
+    for_any_layout: bool = True,
 ) -> Path:
     """Write a checkpoint under `save` and return its folder. Collective over the world; storage is shared.
 
     lock: rank 0's, of the folder; None on the others. optimizer: takes part after at least one step (there is no state
     before); None saves the weights alone. config: the resolved options, kept beside the checkpoint. tokenizer_dir: its
-    tokenizer files are kept, for export.
+    tokenizer files are kept, for export. for_any_layout: whether another layout can read the optimizer's state.
 
     Raises:
         OSError: it could not be written, on every rank; those that were there are as they were.
@@ -117,7 +125,8 @@ def save_checkpoint(
                 partial.mkdir(parents=True)
         sharded = _model_state(chunks)
         if optimizer is not None and scheduler is not None:
-            sharded["optimizer"] = optimizer.sharded_state_dict(_model_state(chunks), metadata=dict(_METADATA))
+            metadata = dict(_FOR_ANY_LAYOUT if for_any_layout else _AS_RANKS_HOLD_IT)
+            sharded["optimizer"] = optimizer.sharded_state_dict(_model_state(chunks), metadata=metadata)
             sharded["scheduler"] = scheduler.state_dict()
         scorer_state = scorer.sharded_state() if scorer is not None else {}
         sharded |= scorer_state
@@ -134,6 +143,9 @@ def save_checkpoint(
                     "scorer_state": bool(scorer_state),
                     "layout": layout.describe(),
                     "megatron_core": core.__version__,
+                    "optimizer_shards": None
+                    if optimizer is None or for_any_layout
+                    else asdict(optimizer_shards(chunks, optimizer)),
                     "hf_config": export_hf_config(
                         chunks[0].architecture,
                         max_position_embeddings=state.seq_length,
@@ -165,25 +177,42 @@ def load_checkpoint(
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
     scorer: HasState | None = None,
+    *,
+    share_among: dist.ProcessGroup | None = None,
 ) -> None:
     """Read weights, and with an optimizer its state and the schedule's, into a model of any layout. Collective over
     the world.
 
+    share_among: ranks that hold the same of the model, of which each reads a part and sends it to the others (None:
+    each reads all that it needs).
+
     Raises:
-        ValueError: a file that cannot be read (one whose checksum was not compared before).
+        ValueError: a file that cannot be read (one whose checksum was not compared before), or optimizer state that was
+        saved for another layout alone.
     """
     if saved.weights_only:
         optimizer = scheduler = None
+    cut = saved.optimizer_shards if optimizer is not None else None
     sharded = _model_state(chunks)
     if optimizer is not None:
-        sharded["optimizer"] = optimizer.sharded_state_dict(
-            _model_state(chunks), is_loading=True, metadata=dict(_METADATA)
-        )
+        if cut is not None and cut != optimizer_shards(chunks, optimizer):
+            raise ValueError(
+                f"--load {saved.directory}: its optimizer state was saved for the same layout alone "
+                f"(--no-dist-ckpt-optim-fully-reshardable), {cut.describe()}; this run has "
+                f"{optimizer_shards(chunks, optimizer).describe()}. --pretrained-checkpoint takes the weights alone"
+            )
+        metadata = dict(_FOR_ANY_LAYOUT if cut is None else _AS_RANKS_HOLD_IT)
+        sharded["optimizer"] = optimizer.sharded_state_dict(_model_state(chunks), is_loading=True, metadata=metadata)
     if scorer is not None and saved.scorer_state:
         sharded |= scorer.sharded_state()
     with _no_warnings_of_torch(), _damage_named(saved):
         FileSystemReader(saved.directory).read_metadata()  # where this fails, torch prints a traceback and goes on
-        state = dist_checkpointing.load(sharded, str(saved.directory))
+        strategy = None
+        if share_among is not None and share_among.size() > 1:
+            strategy = FullyParallelLoadStrategyWrapper(
+                get_default_load_sharded_strategy(str(saved.directory)), share_among
+            )
+        state = dist_checkpointing.load(sharded, str(saved.directory), strategy)
     for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True):
         chunk.load_weights(state[key])
     if optimizer is not None:
@@ -192,6 +221,18 @@ def load_checkpoint(
         scheduler.load_state_dict(state["scheduler"])
     if scorer is not None and saved.scorer_state:
         scorer.load_state(state)
+
+
+def optimizer_shards(chunks: Sequence[TokenWeightedGPT], optimizer: MegatronOptimizer) -> OptimizerShards:
+    """How this run's ranks cut the optimizer's state among them."""
+    parallel = chunks[0].config
+    part = getattr(optimizer, "chained_optimizers", [optimizer])[0]
+    return OptimizerShards(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        model_chunks=len(chunks),
+        bucket_size=part.ddp_config.bucket_size if part.ddp_config.overlap_grad_reduce else None,
+    )
 
 
 @contextmanager

@@ -11,7 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_tw.config import ComputeConfig, ParallelConfig, ShardingConfig, virtual_pipeline_size
+from megatron_tw.config import (
+    ComputeConfig,
+    ParallelConfig,
+    ShardingConfig,
+    check_fp32_attention,
+    virtual_pipeline_size,
+)
 from megatron_tw.data.rows import TokenRows, check_rows
 from megatron_tw.data.vocabulary import check_model_vocabulary
 from megatron_tw.model.build import build_model
@@ -41,6 +47,20 @@ def open_rows(option: str, path: str | Path, source: ModelSource, seq_length: in
     if source.tokenizer_dir is not None:
         check_model_vocabulary(rows, source.tokenizer_dir)
     return rows
+
+
+def check_attention(
+    compute: ComputeConfig, source: ModelSource, device: Device, tokens: int, option: str = "--seq-length"
+) -> None:
+    """That the attention over `tokens`, as `option` says, has a kernel here (see `check_fp32_attention`)."""
+    check_fp32_attention(
+        option,
+        on_gpu=device.type == "cuda",
+        bf16=compute.bf16,
+        num_attention_heads=source.architecture.num_attention_heads,
+        num_query_groups=source.architecture.num_query_groups,
+        seq_length=tokens,
+    )
 
 
 @contextmanager

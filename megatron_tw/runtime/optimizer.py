@@ -9,25 +9,31 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import USING_TE_OPTIMIZER
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
 from megatron_tw.config import OptimizationConfig, RunConfig
 from megatron_tw.model.gpt import TokenWeightedGPT
+from megatron_tw.parallel.devices import prepare_device
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
+"""uint8 is how Transformer Engine's AdamW is told FP8."""
 
 
 def wrap_for_training(chunks: Sequence[TokenWeightedGPT], config: RunConfig) -> list[DistributedDataParallel]:
-    """Model chunks with bf16 casting and Megatron's data parallelism around them; gradients are summed in fp32.
+    """Model chunks with bf16 casting and Megatron's data parallelism around them; gradients are summed in fp32
+    unless --main-grads-dtype says otherwise.
 
     The parameters move into contiguous buffers, so call it after their values are in place and before the optimizer
-    exists.
+    exists. config: with its overlaps decided.
     """
     options = config.data_parallel
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=options.overlap_grad_reduce,
-        overlap_param_gather=options.overlap_param_gather,
+        grad_reduce_in_fp32=config.optimizer.main_grads_dtype == "fp32",
+        overlap_grad_reduce=bool(options.overlap_grad_reduce),
+        overlap_param_gather=bool(options.overlap_param_gather),
         bucket_size=options.ddp_bucket_size,
         use_distributed_optimizer=True,
     )
@@ -48,22 +54,8 @@ def make_optimizer(model: Sequence[DistributedDataParallel], config: RunConfig) 
 
     Its gradient norm and clipping are global over all axes.
     """
-    options = config.optimizer
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=options.lr,
-            min_lr=options.min_lr,
-            weight_decay=options.weight_decay,
-            adam_beta1=options.adam_beta1,
-            adam_beta2=options.adam_beta2,
-            adam_eps=options.adam_eps,
-            clip_grad=options.clip_grad or math.inf,  # 0 would leave the norm out of the metrics too
-            bf16=config.compute.bf16,
-            params_dtype=torch.bfloat16 if config.compute.bf16 else torch.float32,
-            use_distributed_optimizer=True,
-            overlap_param_gather=config.data_parallel.overlap_param_gather,
-        ),
+        OptimizerConfig(**optimizer_fields(config)),
         list(model),
         use_gloo_process_groups=dist.get_backend() == "nccl",
     )
@@ -77,12 +69,49 @@ _GROUP_KEYS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 """What tells parameter groups apart."""
 
 
+def optimizer_fields(config: RunConfig) -> dict[str, Any]:
+    """The fields of Megatron-Core's OptimizerConfig.
+
+    Raises:
+        ValueError: --use-precision-aware-optimizer without Transformer Engine (with --optimizer-cpu-offload too, where
+        Megatron-Core asks for its version), or --optimizer-cpu-offload without a GPU.
+    """
+    options = config.optimizer
+    if options.use_precision_aware_optimizer and not USING_TE_OPTIMIZER:
+        raise ValueError("--use-precision-aware-optimizer: expected Transformer Engine with its AdamW, found none")
+    if options.optimizer_cpu_offload and prepare_device().type != "cuda":
+        raise ValueError("--optimizer-cpu-offload: expected a GPU to take the optimizer's state from, found none")
+    return {
+        "optimizer": "adam",
+        "lr": options.lr,
+        "min_lr": options.min_lr,
+        "weight_decay": options.weight_decay,
+        "adam_beta1": options.adam_beta1,
+        "adam_beta2": options.adam_beta2,
+        "adam_eps": options.adam_eps,
+        "clip_grad": options.clip_grad or math.inf,  # 0 would leave the norm out of the metrics too
+        "bf16": config.compute.bf16,
+        "params_dtype": torch.bfloat16 if config.compute.bf16 else torch.float32,
+        "fp8_recipe": config.kernels.fp8_recipe if config.kernels.fp8_format is not None else None,
+        "use_distributed_optimizer": True,
+        "overlap_param_gather": bool(config.data_parallel.overlap_param_gather),
+        "use_precision_aware_optimizer": options.use_precision_aware_optimizer,
+        "main_grads_dtype": _DTYPES[options.main_grads_dtype],
+        "main_params_dtype": _DTYPES[options.main_params_dtype],
+        "exp_avg_dtype": _DTYPES[options.exp_avg_dtype],
+        "exp_avg_sq_dtype": _DTYPES[options.exp_avg_sq_dtype],
+        "optimizer_cpu_offload": options.optimizer_cpu_offload,
+        "optimizer_offload_fraction": options.optimizer_offload_fraction if options.optimizer_cpu_offload else 0.0,
+    }
+
+
 def load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     """Take over a checkpoint's optimizer state. Numbers of the parameter groups that it does not have stay as this
     optimizer was made with them: torch's AdamW saves no `bias_correction`, which Transformer Engine's reads."""
     made = [dict(group) for group in optimizer.param_groups]
     _find_groups_again(made, [state] if "optimizer" in state else list(state.values()))
-    optimizer.load_state_dict(state)
+    with torch.no_grad():  # its fp32 main weights are the trained weights themselves
+        optimizer.load_state_dict(state)
     for group, before in zip(optimizer.param_groups, made, strict=True):
         for name in before.keys() - group.keys():
             group[name] = before[name]

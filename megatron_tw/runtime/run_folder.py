@@ -47,10 +47,32 @@ class RunState:
     old_context: int | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class OptimizerShards:
+    """How optimizer state that was saved as the ranks held it (--no-dist-ckpt-optim-fully-reshardable) is cut: only
+    ranks that cut it alike can read it.
+
+    model_chunks: of a pipeline stage. bucket_size: parameters of a bucket of gradients, None for one bucket.
+    """
+
+    tensor_model_parallel_size: int
+    pipeline_model_parallel_size: int
+    model_chunks: int
+    bucket_size: int | None
+
+    def describe(self) -> str:
+        buckets = "one bucket" if self.bucket_size is None else f"buckets of {self.bucket_size} parameters"
+        chunks = f" x {self.model_chunks} chunks" if self.model_chunks > 1 else ""
+        return f"TP {self.tensor_model_parallel_size} x PP {self.pipeline_model_parallel_size}{chunks}, {buckets}"
+
+
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A complete checkpoint on disk and what its header says. megatron_core: the version that wrote it, "" where the
-    header does not say."""
+    """A complete checkpoint on disk and what its header says.
+
+    megatron_core: the version that wrote it, "" where the header does not say. optimizer_shards: None where any layout
+    can read the optimizer's state.
+    """
 
     directory: Path
     state: RunState
@@ -59,6 +81,7 @@ class SavedCheckpoint:
     weights_only: bool
     scorer_state: bool
     megatron_core: str = ""
+    optimizer_shards: OptimizerShards | None = None
 
     @property
     def tokenizer_dir(self) -> Path:
@@ -233,7 +256,9 @@ def _read_checkpoint(directory: Path) -> SavedCheckpoint:
         if _iteration(directory) not in (-1, state.iteration) or min(state.iteration, state.consumed_samples) < 0:
             raise ValueError(f"state: iteration {state.iteration} after {state.consumed_samples} samples")
         wrote = typed(str, header.get("megatron_core", ""), "megatron_core")
-        return SavedCheckpoint(directory, state, architecture, layout, weights_only, scorer_state, wrote)
+        shards = header.get("optimizer_shards")
+        cut = typed(OptimizerShards, shards, "optimizer_shards") if shards is not None else None
+        return SavedCheckpoint(directory, state, architecture, layout, weights_only, scorer_state, wrote, cut)
     except DamagedCheckpointError:
         raise
     except OSError as error:

@@ -67,14 +67,19 @@ class ModelSource:
         optimizer: MegatronOptimizer | None = None,
         scheduler: OptimizerParamScheduler | None = None,
         scorer: HasState | None = None,
+        *,
+        parallel_load: bool = False,
     ) -> None:
         """Load the weights into `chunks`; from the checkpoint of --load also the states of optimizer, scheduler and
-        scorer. Collective over the world."""
+        scorer. Collective over the world.
+
+        parallel_load: data- and context-parallel ranks share the reading of a checkpoint."""
+        share_among = layout.dp_cp_group if parallel_load else None
         if self.saved is not None:
-            load_checkpoint(self.saved, chunks, optimizer, scheduler, scorer)
+            load_checkpoint(self.saved, chunks, optimizer, scheduler, scorer, share_among=share_among)
             check_finite(chunks, self.saved.directory)
         elif self.pretrained is not None:
-            load_checkpoint(self.pretrained, chunks)
+            load_checkpoint(self.pretrained, chunks, share_among=share_among)
             check_finite(chunks, self.pretrained.directory)
         else:
             assert self.load_hf is not None

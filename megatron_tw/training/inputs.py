@@ -9,7 +9,9 @@ import torch.distributed as dist
 from megatron_tw.config import RunConfig, check_config, check_own_windows, data_parallel_size
 from megatron_tw.data.rows import TOKENIZER_DIR, TokenRows
 from megatron_tw.model.build import check_export_target
-from megatron_tw.runtime.opening import open_rows
+from megatron_tw.parallel.devices import prepare_device
+from megatron_tw.runtime.opening import check_attention, open_rows
+from megatron_tw.runtime.optimizer import optimizer_fields
 from megatron_tw.runtime.run_folder import check_save_target, find_checkpoint
 from megatron_tw.runtime.source import ModelSource, open_source
 from megatron_tw.training.scorers import ScorerInputs, ScorerMaker, check_scorer_options, open_scorer
@@ -54,6 +56,8 @@ def open_inputs(config: RunConfig) -> Inputs:
         pretrained=config.checkpoint.pretrained_checkpoint,
         verify=config.checkpoint.verify_checkpoint,
     )
+    check_attention(config.compute, source, prepare_device(), config.data.seq_length)
+    optimizer_fields(config)  # refuses what is not here
     if schedule.needs_scorer:
         config = with_window(config, source)
     rows = open_rows("--data-path", config.data.data_path, source, config.data.seq_length)

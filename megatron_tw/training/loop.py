@@ -18,6 +18,7 @@ from megatron_tw.parallel.gpus import gpu_of
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.runtime.checkpoint import CONFIG_FILE, save_checkpoint
 from megatron_tw.runtime.checksums import seal
+from megatron_tw.runtime.determinism import be_deterministic
 from megatron_tw.runtime.exits import CTRL_C, Exits
 from megatron_tw.runtime.lock import FolderLock
 from megatron_tw.runtime.metrics import MetricsLog
@@ -45,6 +46,8 @@ def train(config: RunConfig) -> "Run":
     Raises:
         ValueError: bad options or files, named; before anything is allocated.
     """
+    if config.kernels.deterministic_mode:
+        be_deterministic()
     device = join_world(config.parallel)
     inputs = open_inputs(config)
     dtype = torch.bfloat16 if config.compute.bf16 else torch.float32
@@ -87,6 +90,7 @@ class Run:
         """Build the model, fill it from the checkpoint or the Hugging Face folder, make optimizer, scorer and
         loader."""
         source, settings = inputs.source, inputs.settings
+        config = settings.fill_in(config)
         chunks = build_model(
             source.architecture,
             config.parallel,
@@ -94,10 +98,13 @@ class Run:
             layout,
             device,
             activations=config.activations,
+            kernels=config.kernels,
+            tokens=config.train.micro_batch_size * config.data.seq_length // layout.cp_size,
             keep_logits_mib=settings.loss_keep_logits_mib,
         )
+        parallel_load = config.checkpoint.ckpt_fully_parallel_load
         if source.saved is None:
-            source.fill(chunks, layout)
+            source.fill(chunks, layout, parallel_load=parallel_load)
         model = wrap_for_training(chunks, config)
         optimizer = make_optimizer(model, config)
         scheduler = make_scheduler(optimizer, config)
@@ -114,7 +121,7 @@ class Run:
         )
         iteration = 0
         if source.saved is not None:
-            source.fill(chunks, layout, optimizer, scheduler, scorer)
+            source.fill(chunks, layout, optimizer, scheduler, scorer, parallel_load=parallel_load)
             if scorer is not None and not source.saved.scorer_state:
                 scorer.start_over()
             if source.saved.weights_only:
@@ -142,7 +149,7 @@ class Run:
             seed=config.train.seed,
         )
         return Run(
-            config=settings.fill_in(config),
+            config=config,
             inputs=inputs,
             layout=layout,
             chunks=chunks,
@@ -287,6 +294,7 @@ class Run:
             scorer=self.step.scorer,
             config=self.config,
             tokenizer_dir=self.inputs.tokenizer_dir,
+            for_any_layout=self.config.checkpoint.dist_ckpt_optim_fully_reshardable,
         )
 
     def _export(self, save_hf_dir: str) -> None:

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, replace
 
-from megatron_tw.config import DEFAULT_KEEP_LOGITS_MIB, ModelConfig, RunConfig, ShortWindows
+from megatron_tw.config import DEFAULT_KEEP_LOGITS_MIB, DataParallelConfig, ModelConfig, RunConfig, ShortWindows
 from megatron_tw.data.rows import TokenRows
 from megatron_tw.runtime.source import ModelSource, row_bos_id
+from megatron_tw.training.scorers import reads_updated_weights
 from megatron_tw.weighting.schedule import WeightingSchedule
 
 
@@ -12,11 +13,12 @@ from megatron_tw.weighting.schedule import WeightingSchedule
 class Settings:
     """What options, rows, model and ranks decide together, once.
 
-    global_batch_size: rows of a step. loss_keep_logits_mib: 0 keeps none. model: with the rotary embedding's base and
-    factor. bos_id: of the token that rows begin with, None where they begin with none. windows: None without
-    --short-window. old_context: tokens of the context that the model had before.
+    data_parallel: with its overlaps. global_batch_size: rows of a step. loss_keep_logits_mib: 0 keeps none. model: with
+    the rotary embedding's base and factor. bos_id: of the token that rows begin with, None where they begin with none.
+    windows: None without --short-window. old_context: tokens of the context that the model had before.
     """
 
+    data_parallel: DataParallelConfig
     global_batch_size: int
     loss_keep_logits_mib: int
     model: ModelConfig
@@ -39,6 +41,10 @@ class Settings:
             keep = 0 if schedule.leaves_targets_out else DEFAULT_KEEP_LOGITS_MIB
         windows = config.windows.of_rows(config.data.seq_length)
         return Settings(
+            data_parallel=config.data_parallel.decided(
+                dp_size * config.parallel.context_parallel_size,
+                weights_used_at_once=schedule.needs_scorer and reads_updated_weights(config.scorer.scorer),
+            ),
             global_batch_size=config.train.batch_size(dp_size),
             loss_keep_logits_mib=keep,
             model=source.architecture.rope_options(config.model, config.data.seq_length),
@@ -59,6 +65,7 @@ class Settings:
             )
         return replace(
             config,
+            data_parallel=self.data_parallel,
             data=replace(config.data, bos_id=self.bos_id),
             model=self.model,
             activations=replace(config.activations, loss_keep_logits_mib=self.loss_keep_logits_mib),

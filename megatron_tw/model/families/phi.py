@@ -3,6 +3,7 @@ head is rotated; biases everywhere, the output projection's too. No dropout, wha
 
 from typing import Any
 
+from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -39,8 +40,13 @@ class ParallelLayer(TransformerLayer):
             rotary_pos_emb=rotary_pos_emb,
             packed_seq_params=packed_seq_params,
         )
+        mlp = checkpoint(self._mlp, False, normed) if self.recompute_mlp else self._mlp(normed)
+        return hidden_states + (attention + attention_bias) + mlp, None
+
+    def _mlp(self, normed: Tensor) -> Tensor:
+        """With its bias: a parameter that a checkpointed function returns would become a node of its own graph."""
         mlp, mlp_bias = self.mlp(normed)
-        return hidden_states + (attention + attention_bias) + (mlp + mlp_bias), None
+        return mlp + mlp_bias
 
 
 def parallel_layer(family: Family, transformer_engine: bool) -> ModuleSpec:

@@ -15,6 +15,7 @@ from megatron_tw.training.scorers.base import (
     TrainedModel,
     check_scorer_options,
     open_scorer,
+    reads_updated_weights,
     register_scorer,
 )
 from megatron_tw.training.scorers.ema import EmaScorer
@@ -33,5 +34,6 @@ __all__ = [
     "UnfrozenScorer",
     "check_scorer_options",
     "open_scorer",
+    "reads_updated_weights",
     "register_scorer",
 ]

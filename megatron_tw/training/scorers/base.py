@@ -153,6 +153,13 @@ def check_scorer_options(config: RunConfig, *, needed: bool) -> None:
         check_own_windows(config.windows, config.data.seq_length)
 
 
+def reads_updated_weights(name: str) -> bool:
+    """Whether `--scorer NAME` does something right after each update, when --overlap-param-gather has not gathered the
+    weights yet."""
+    own = getattr(_SCORERS[name], "after_update", Scorer.after_update)
+    return own is not Scorer.after_update
+
+
 def open_scorer(inputs: ScorerInputs) -> ScorerMaker:
     """Check the scorer that --scorer names; the answer makes it once the model in training stands.
 
