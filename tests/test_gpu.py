@@ -98,8 +98,8 @@ def test_bf16_with_recomputation_and_kept_logits_resumes_exports_and_is_evaluate
         run("train", *given, "--save", str(save), *options)
         return metrics_of(save)
 
-    saving = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
-    saving = (*saving, "--loss-keep-logits-mib", "1")
+    recomputing = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
+    saving = (*recomputing, "--loss-keep-logits-mib", "1")
     plain = train("plain", "--loss-keep-logits-mib", "0")
     straight = train("straight", *saving, "--save-hf", str(tmp_path / "hf"))
     train("stopped", *saving, "--exit-interval", "2")
