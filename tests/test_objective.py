@@ -281,7 +281,7 @@ def compare_with_step(axes: Axes, scheme: WeightingConfig) -> tuple[list[float],
         assert plan_windows(rows.shape[1], WINDOW, STRIDE, include_first=False)
         report = StepReport.of_rows(rows.shape[1], WINDOW)
         step = TrainingStep(
-            model=chunks, optimizer=None, scheduler=None, layout=layout, device=prepare_device(),  # type: ignore[arg-type]
+            model=chunks, optimizer=None, scheduler=None, layout=layout, device=prepare_device(),
             schedule=WeightingSchedule((Stage(0, None, scheme),)), scorer=OwnScorer(), report=report, seed=5,  # type: ignore[arg-type]
             flops=None,  # type: ignore[arg-type]
         )  # fmt: skip
