@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class MetricsLog:
         if tensorboard_dir is not None:
             from torch.utils.tensorboard import SummaryWriter
 
+            _leave_errors_to_the_caller()
             self._tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=start_iteration + 1)
         self._bar = tqdm(initial=start_iteration, total=train_iters, desc="training", unit="step", **bar_options())
 
@@ -86,6 +88,18 @@ class MetricsLog:
             self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+def _leave_errors_to_the_caller() -> None:
+    """TensorBoard writes in a thread of its own. What fails there (a full disk) it raises again in the next call, so
+    its traceback need not stand on the terminal too."""
+    before = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        if type(failed.thread).__name__ != "_AsyncWriterThread":
+            before(failed)
+
+    threading.excepthook = hook
 
 
 def _steps_before(path: Path, iteration: int) -> list[str]:
