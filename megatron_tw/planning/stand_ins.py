@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron_tw.losses import chunked_head, linear_cross_entropy, row_exchange
@@ -60,17 +59,30 @@ def do_without_numbers(targets_with_weight: float) -> None:
 
     attention.bottom_right_causal = mask
 
-    agree = row_exchange.RowExchange.agree
+    _choose_targets(targets_with_weight)
+
+
+def _choose_targets(share: float) -> None:
+    """Which gradients of the loss are not zero: those of `share` of the targets of this rank's tokens."""
+    head = chunked_head.ChunkedHeadFunction
+    backward, agree = head.backward, row_exchange.RowExchange.agree
     generator = torch.Generator().manual_seed(1)
+    labelled: list[Tensor] = []
 
-    @wraps(agree)
-    def chosen(self: Any, chosen_GL: Tensor) -> Tensor:
+    def note_labels(ctx: Any, grad: Tensor) -> Any:
+        labelled[:] = [ctx.saved_tensors[3] != ctx.head.ignore_index]
+        return backward(ctx, grad)
+
+    def choose(self: Any, chosen_GL: Tensor) -> Tensor:
         agree(self, chosen_GL)
-        # Drawn, not evenly spread: shards of a row have more or fewer, and the fullest decides what is sent.
-        with unset_fake_temporarily():  # else the draws would be numbers that nobody knows, as all in floating point
-            return torch.rand(chosen_GL.shape, generator=generator).lt(targets_with_weight)
+        with _disable_current_modes():  # else the draws would be numbers that nobody knows, as all in floating point
+            # Drawn, not evenly spread: shards of a row have more or fewer, and the fullest decides what is sent.
+            draws_GL = torch.rand(chosen_GL.shape, generator=generator).masked_fill(~labelled[0], 2.0)
+            count = max(1, round(share * int(labelled[0].sum())))
+            return draws_GL <= draws_GL.flatten().kthvalue(count).values
 
-    row_exchange.RowExchange.agree = chosen  # type: ignore[method-assign]
+    head.backward = staticmethod(note_labels)  # type: ignore[assignment]
+    row_exchange.RowExchange.agree = choose  # type: ignore[method-assign]
 
 
 def run_compiled_functions_fused(recorder: Recorder, modules: Sequence[str] = ("megatron.core",)) -> None:
