@@ -7,7 +7,7 @@ tokens: small, but its activations and its weights are both tens of megabytes, o
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from megatron_tw.config import (
     ActivationConfig,
     ComputeConfig,
     DataConfig,
-    DataParallelConfig,
     ModelConfig,
     RunConfig,
     ScorerConfig,
@@ -54,9 +53,7 @@ class Case:
 
 BF16 = {"compute": ComputeConfig(bf16=True)}
 RECOMPUTE = {
-    "activations": ActivationConfig(
-        recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
-    )
+    "activations": ActivationConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 }
 CASES = [
     Case("one rank", Axes()),
@@ -98,7 +95,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shapes |= {f"{at}mlp.{name}_proj": (FFN, HIDDEN) for name in ("gate", "up")}
         shapes |= {at + "mlp.down_proj": (HIDDEN, FFN)}
     torch.manual_seed(0)
-    save_file({f"{name}.weight": 0.05 * torch.randn(shape) for name, shape in shapes.items()}, folder / "model.safetensors")
+    save_file(
+        {f"{name}.weight": 0.05 * torch.randn(shape) for name, shape in shapes.items()}, folder / "model.safetensors"
+    )
     return folder
 
 
@@ -134,27 +133,30 @@ def job(case: Case, model: Path, rows: Path, **changes: Any) -> Job:
 
 
 def compare(case: Case, simulated: Simulation, real: dict[str, Any]) -> None:
+    """Equal to the byte and to the operation; with sparse weights, where chance says how many targets of a shard get
+    one, within 1%."""
     total, by_kind = real["peak"]
     ours = simulated.peak.bytes_by_category
-    print(case.name, ours, by_kind, simulated.flops, real["flops"])
-    assert simulated.peak.total == pytest.approx(total, rel=0.01)
-    for kind in ("parameters", "gradients", "optimizer"):
-        assert ours[kind] == by_kind.get(kind, 0), kind
-    assert ours["activations"] + ours["other"] == pytest.approx(by_kind["activations"] + by_kind["other"], rel=0.01)
-    for kind, flops in real["flops"].items():
-        assert sum(kinds.get(kind, 0.0) for kinds in simulated.flops.values()) == pytest.approx(flops, rel=0.01), kind
     payloads: Counter[str] = Counter()
     for collective in simulated.collectives:
         payloads[f"{collective.operation} {collective.group_size}"] += collective.payload_bytes
-    if case.changes.get("weighting") is SPARSE:  # how many targets of a shard get a weight is chance
-        assert dict(payloads) == pytest.approx(real["payloads"], rel=0.01)
-    else:
-        assert dict(payloads) == real["payloads"]
+    flops: Counter[str] = Counter()
+    for kinds in simulated.flops.values():
+        flops.update(kinds)
+    for kind in ("parameters", "gradients", "optimizer"):
+        assert ours[kind] == by_kind.get(kind, 0), f"{case.name}: {kind}"
+    within = 0.01 if case.changes.get("weighting") is SPARSE else 0.0
+    assert simulated.peak.total == pytest.approx(total, rel=within, abs=0), case.name
+    assert ours["activations"] + ours["other"] == pytest.approx(
+        by_kind["activations"] + by_kind["other"], rel=within, abs=0
+    ), case.name
+    assert dict(flops) == pytest.approx(real["flops"], rel=within, abs=0), case.name
+    assert dict(payloads) == pytest.approx(real["payloads"], rel=within, abs=0), case.name
 
 
 def check_cases(cases: list[Case], model: Path, rows: Path, ranks: Callable) -> None:
     simulations = simulate_all([job(case, model, rows) for case in cases])
-    for case, simulated in zip(cases, simulations, strict=True):
+    for case, simulated in sorted(zip(cases, simulations, strict=True), key=lambda pair: pair[0].axes.world_size):
         real = ranks(case.axes.world_size).run(watched_step, case.axes, options(case, model, rows))
         compare(case, simulated, real[case.rank])
 

@@ -6,6 +6,7 @@ is not seen, as it is not in the simulation.
 
 import weakref
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import torch
@@ -129,13 +130,7 @@ def watched_step(axes: Axes, config: RunConfig) -> dict[str, Any]:
                 watch.name((buffer.grad_data for buffer in wrapped.buffers), "gradients")
             for chunk in [*run.chunks, *(getattr(step.scorer, "model", None) or [])]:
                 watch.name(chunk.parameters(), "parameters")
-            update = step.optimizer.step
-
-            def timed_update() -> Any:
-                watch.place = "other"
-                return update()
-
-            step.optimizer.step = timed_update
+            step.optimizer.step = partial(_update, watch, step.optimizer.step)
             watch.place = "activations"
             step(next(run.loader), 0)
             _name_optimizer(watch, run)
@@ -144,8 +139,13 @@ def watched_step(axes: Axes, config: RunConfig) -> dict[str, Any]:
             step(next(run.loader), 1)
             result = {"peak": watch.peak, "flops": dict(watch.flops), "payloads": dict(watch.payloads)}
         release(run.step.model)
-        del run, step, update, timed_update, wrapped, chunk
+        del run, step, wrapped, chunk
     return result
+
+
+def _update(watch: Watch, update: Any) -> Any:
+    watch.place = "other"
+    return update()
 
 
 def _name_optimizer(watch: Watch, run: Run) -> None:

@@ -17,7 +17,11 @@ from megatron_tw.planning.simulate import Job, simulate
 
 _ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 """Of the processes: no GPU, and no threads beside the other processes."""
-_IMPORTED = ("torch.testing._internal.distributed.fake_pg", "transformers.modeling_rope_utils", "megatron.core.optimizer")
+_IMPORTED = (
+    "torch.testing._internal.distributed.fake_pg",
+    "transformers.modeling_rope_utils",
+    "megatron.core.optimizer",
+)
 """What a simulation imports late."""
 
 

@@ -12,8 +12,8 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch._C._distributed_c10d import _create_work_from_future
 from torch import Tensor
+from torch._C._distributed_c10d import _create_work_from_future
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,11 +34,15 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.ledger = Ledger()
-        self.communication = Communication()
+        self.start_over()
         self.workspace: dict[Any, Callable[..., list[Tensor]]] = {}
         """Operator packet -> what its kernel allocates for itself: called with the operator's arguments, it answers
         with tensors that are in use as long as the operator runs."""
+
+    def start_over(self) -> None:
+        """Forget everything that was counted."""
+        self.ledger = Ledger()
+        self.communication = Communication()
         self._flops: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
 
     @contextmanager

@@ -79,7 +79,9 @@ def _choose_targets(share: float) -> None:
             # Drawn, not evenly spread: shards of a row have more or fewer, and the fullest decides what is sent.
             draws_GL = torch.rand(chosen_GL.shape, generator=generator).masked_fill(~labelled[0], 2.0)
             count = max(1, round(share * int(labelled[0].sum())))
-            return draws_GL <= draws_GL.flatten().kthvalue(count).values
+            chosen_GL = draws_GL <= draws_GL.flatten().kthvalue(count).values
+        labelled.clear()
+        return chosen_GL
 
     head.backward = staticmethod(note_labels)  # type: ignore[assignment]
     row_exchange.RowExchange.agree = choose  # type: ignore[method-assign]
