@@ -72,9 +72,10 @@ def test_a_part_tells_the_whole(axes: Axes, arguments: dict[str, Any]) -> None:
     assert sorted(map(str, told.collectives)) == sorted(map(str, run.collectives))
     # The padding at the end of a gradient buffer is a few hundred bytes.
     for phase, moment in run.peak_by_phase.items():
-        assert told.peak_by_phase[phase].bytes_by_category == pytest.approx(
-            moment.bytes_by_category, rel=1e-4, abs=2048
-        ), phase
+        found = told.peak_by_phase[phase]
+        assert found.total == pytest.approx(moment.total, rel=0.02 if phase == "build" else 1e-4), phase
+        if phase != "build":  # whose peak may lie elsewhere with more layers
+            assert found.bytes_by_category == pytest.approx(moment.bytes_by_category, rel=1e-4, abs=2048), phase
     assert Simulation.from_json(json.loads(json.dumps(told.to_json()))) == told
     assert max(moment.total for moment in told.timeline) == pytest.approx(told.peak.total, rel=1e-3)
 
@@ -99,9 +100,8 @@ def test_saved_tensors_of_a_layer_are_what_activations_consist_of() -> None:
     rows = differences(more.saved_by_layer, read)
     assert sum(row.bytes for row in rows) == sum(read.values()) - saved < 0
     assert all(row.simulated for row in rows)
-    assert [row.module for row in rows if not row.read] == [
-        "self_attention.linear_proj"
-    ]  # its input is attention's output
+    # Its input is attention's output, which is counted there.
+    assert [row.module for row in rows if not row.read] == ["self_attention.linear_proj"]
     assert read["self_attention.core_attention: keys [2048, 1, 2, 32] bfloat16"] == 2048 * 2 * 32 * 2
 
 

@@ -1,6 +1,6 @@
 """What one transformer layer leaves for its backward pass, read off autograd's graph after its first forward pass."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -84,12 +84,24 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _saved_by(node: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that an operator keeps: attributes of PyTorch's own, `saved_tensors` of those written in Python."""
-    for index, tensor in enumerate(getattr(node, "saved_tensors", ())):
-        if tensor is not None:
-            yield f"saved {index}", tensor
+    """The tensors that an operator keeps: attributes of PyTorch's own, `saved_tensors` of those written in Python.
+
+    Looked at without unpacking: hooks on saved tensors (a gather that is made again) would run. What such hooks keep
+    instead is told, too.
+    """
+    for index, saved in enumerate(getattr(node, "_raw_saved_tensors", ())):
+        yield from _held(f"saved {index}", saved)
     for attribute in dir(node):
-        if attribute.startswith("_saved_"):
-            value: Iterable[Any] = getattr(node, attribute)
-            for tensor in tensors_in(value):
-                yield attribute.removeprefix("_saved_"), tensor
+        if attribute.startswith("_raw_saved_") and attribute != "_raw_saved_tensors":
+            value = getattr(node, attribute)
+            for saved in value if isinstance(value, list | tuple) else [value]:
+                yield from _held(attribute.removeprefix("_raw_saved_"), saved)
+
+
+def _held(name: str, saved: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(saved.data, Tensor):
+        yield name, saved.data
+    keeper = getattr(saved.unpack_hook, "__self__", None)
+    for own, value in vars(keeper).items() if keeper is not None else ():
+        if isinstance(value, Tensor):
+            yield f"{own}, for {name}", value

@@ -9,7 +9,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tw.config import RunConfig, data_parallel_size, num_microbatches
+from megatron_tw.config.options import flag
 from megatron_tw.data.loader import Batch, Loader, RowOrder
 from megatron_tw.model.architecture import Architecture
 from megatron_tw.model.build import build_model
@@ -68,7 +69,7 @@ def simulate(job: Job) -> Simulation:
     started = time.perf_counter()
     warnings.filterwarnings("ignore", module="torch|megatron")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    config = replace(job.config, compute=replace(job.config.compute, transformer_impl="local"))
+    config, left_out = with_own_layers(job.config)
     device = _join_fake_world(job)
     inputs = make_up_inputs(
         config,
@@ -109,7 +110,7 @@ def simulate(job: Job) -> Simulation:
     return Simulation(
         rank=job.rank,
         place=place(layout),
-        layers=LAYERS,
+        layers=LAYERS + (f"; not simulated: {', '.join(left_out)}" if left_out else ""),
         peak=max(result.peaks.values(), key=lambda moment: moment.total),
         peak_by_phase=result.peaks,
         timeline=result.timeline,
@@ -119,6 +120,35 @@ def simulate(job: Job) -> Simulation:
         seconds=time.perf_counter() - started,
         extrapolated=in_words(microbatches, layers),
     )
+
+
+def with_own_layers(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """The options without what Transformer Engine or Apex computes, or a GPU's host keeps, and the flags of what was
+    asked for of it."""
+    kernels, optimizer = config.kernels, config.optimizer
+    own = replace(
+        config,
+        compute=replace(config.compute, transformer_impl="local"),
+        kernels=replace(
+            kernels, gradient_accumulation_fusion=None, rope_fusion=None, tp_comm_overlap=False, fp8_format=None
+        ),
+        optimizer=replace(
+            optimizer,
+            **{
+                field.name: field.default
+                for field in fields(optimizer)
+                if field.name in ("use_precision_aware_optimizer", "optimizer_cpu_offload")
+                or field.name.endswith("_dtype")
+            },
+        ),
+    )
+    changed = [
+        flag(field.name)
+        for before, after in ((kernels, own.kernels), (optimizer, own.optimizer))
+        for field in fields(before)
+        if getattr(before, field.name) not in (getattr(after, field.name), False)
+    ]
+    return own, ["--transformer-impl"] * (config.compute.transformer_impl == "transformer_engine") + changed
 
 
 def _join_fake_world(job: Job) -> Device:

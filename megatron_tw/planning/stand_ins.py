@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron_tw.losses import chunked_head, linear_cross_entropy, row_exchange
-from megatron_tw.model import attention
+from megatron_tw.model import attention, kernels
 from megatron_tw.planning.recorder import Recorder
 
 aten = torch.ops.aten
@@ -124,6 +124,8 @@ def take_branches_of_gpu(recorder: Recorder) -> None:
     F.scaled_dot_product_attention = _attention_of_gpu
     recorder.workspace[aten._scaled_dot_product_flash_attention_backward] = _flash_backward_workspace
     run_compiled_functions_fused(recorder)
+    there = kernels.Parts(gpu=True, capability=kernels.HOPPER, compiler=True)
+    kernels.Parts.here = staticmethod(lambda device, *, transformer_engine: there)  # type: ignore[method-assign]
 
     def scale(chunk_size: int, flag: Tensor, tensors: list[list[Tensor]], factor: Any) -> None:
         for source, target in zip(tensors[0], tensors[1], strict=True):
