@@ -62,7 +62,8 @@ class ContextParallelAttention(MegatronModule):
             out_BHSD = F.scaled_dot_product_attention(
                 q_BHSD,
                 k_BGSD,
-                v_BGSD,
+                # A view of what the projection made of queries, keys and values, which backward would keep whole.
+                v_BGSD.contiguous() if torch.is_grad_enabled() else v_BGSD,
                 is_causal=True,
                 scale=self.softmax_scale,
                 enable_gqa=q_BHSD.shape[1] != k_BGSD.shape[1],

@@ -135,8 +135,11 @@ def layer_bytes(sizes: Sizes, tokens: int, sequence: int) -> LayerBytes:
     norms = 2 if any("mlp" in p.names[0] and "norm" in p.names[0] for p in a.family.tensors) else 1
     # Inputs and outputs of the norms, queries, keys and values, attention's output, both sides of the activation.
     fused = 2 * norms * hidden + 2 * queries + 2 * keys + (up + 1) * ffn
-    extra = queries + keys + ffn
+    if not a.family.fused_activation:
+        fused += ffn
     gathered = 2 * keys * sequence if sequence > tokens else 0.0
+    # Attention's output is made in two parts, which are kept besides; keys and values of this rank are not.
+    extra = queries - 2 * keys if gathered else 0.0
     return LayerBytes(
         ours=b * (tokens * (fused + extra) + gathered),
         te=b * tokens * fused,

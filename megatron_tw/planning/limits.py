@@ -33,6 +33,6 @@ NOT_SIMULATED = (
     Allowance(
         name="Transformer Engine",
         bytes=0,
-        why="its layers keep other tensors than this project's, and workspaces of its own",
+        why="its layers keep other tensors (`transformer_engine.py` lists them), and it has workspaces of its own",
     ),
 )

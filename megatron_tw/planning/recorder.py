@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import _create_work_from_future
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_tw.planning.communication import Communication, boxed_group, tensors_in
+from megatron_tw.planning.communication import Communication, tensors_in
 from megatron_tw.planning.flops import operation_flops
 from megatron_tw.planning.ledger import Ledger
 
@@ -33,12 +34,15 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.ledger = Ledger()
-        self.communication = Communication()
+        self.start_over()
         self.workspace: dict[Any, Callable[..., list[Tensor]]] = {}
         """Operator packet -> what its kernel allocates for itself: called with the operator's arguments, it answers
         with tensors that are in use as long as the operator runs."""
-        self._finished: Any = None
+
+    def start_over(self) -> None:
+        """Forget everything that was counted."""
+        self.ledger = Ledger()
+        self.communication = Communication()
         self._flops: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
 
     @contextmanager
@@ -121,13 +125,14 @@ class Recorder(TorchDispatchMode):
         return type(out)(self._without_data(part) for part in out) if isinstance(out, list | tuple) else out
 
     def _communicate(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Outputs as they are, and work that is finished, as a fake group gives it to everyone."""
+        """Outputs as they are, and work that is finished; it holds on to the tensors, as that of real collectives
+        does until it is waited for."""
         assert not kwargs
         self.communication.count(self.ledger.phase, func, args)
-        if self._finished is None:
-            with unset_fake_temporarily():
-                self._finished = torch.ops.c10d.send.default([torch.zeros(1)], boxed_group(args), 0, 0)
-        return self._finished if len(func._schema.returns) == 1 else (args[0], self._finished)
+        done: torch.futures.Future[list[Tensor]] = torch.futures.Future()
+        done.set_result(list(tensors_in(args)))
+        work = _create_work_from_future(done).boxed()
+        return work if len(func._schema.returns) == 1 else (args[0], work)
 
 
 def _makes_integers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -8,8 +8,8 @@ counted on the way (recorder.py). stand_ins.py lists what it does otherwise than
 import os
 import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -17,18 +17,22 @@ import torch
 import torch.distributed as dist
 
 from megatron_tw.config import RunConfig, data_parallel_size, num_microbatches
+from megatron_tw.config.options import flag
 from megatron_tw.data.loader import Batch, Loader, RowOrder
 from megatron_tw.model.architecture import Architecture
+from megatron_tw.model.build import build_model
 from megatron_tw.objective import StepReport
 from megatron_tw.parallel.devices import Device, prepare_device
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.planning import stand_ins
+from megatron_tw.planning.extrapolation import Counted, LayerPlan, MicrobatchPlan, in_words
 from megatron_tw.planning.ledger import peaks, thinned
 from megatron_tw.planning.made_up import make_up_inputs
-from megatron_tw.planning.microbatches import Counted, MicrobatchPlan, at_number
 from megatron_tw.planning.record import Simulation
 from megatron_tw.planning.recorder import Recorder
+from megatron_tw.planning.saved import SavedByLayer
 from megatron_tw.runtime.opening import open_layout
+from megatron_tw.training import loop
 from megatron_tw.training.loop import Run
 from megatron_tw.weighting.schedule import WeightingSchedule
 
@@ -42,7 +46,7 @@ class Job:
     config: of the run; paths in it are not opened. architecture: of the model; no weights are read. on_gpu: take the
     branches (chunk sizes, attention, fusions) that a GPU takes, else a CPU's. old_context: tokens of the context that
     the model had before, None: as its architecture says. scorer_architecture: of the model of --scorer-hf.
-    all_microbatches: simulate every micro-batch of a step, where the least number that tells all of them would do.
+    all_microbatches, all_layers: simulate every one, where the least number that tells all of them would do.
     """
 
     config: RunConfig
@@ -53,6 +57,7 @@ class Job:
     old_context: int | None = None
     scorer_architecture: Architecture | None = None
     all_microbatches: bool = False
+    all_layers: bool = False
 
 
 def simulate(job: Job) -> Simulation:
@@ -64,7 +69,7 @@ def simulate(job: Job) -> Simulation:
     started = time.perf_counter()
     warnings.filterwarnings("ignore", module="torch|megatron")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    config = replace(job.config, compute=replace(job.config.compute, transformer_impl="local"))
+    config, left_out = with_own_layers(job.config)
     device = _join_fake_world(job)
     inputs = make_up_inputs(
         config,
@@ -74,37 +79,76 @@ def simulate(job: Job) -> Simulation:
         scorer_architecture=job.scorer_architecture,
     )
     iteration = most_costly_iteration(inputs.schedule, config.train.train_iters)
+    microbatches = MicrobatchPlan.of(
+        config.parallel,
+        num_microbatches(config.train, config.parallel, job.world_size),
+        everything=job.all_microbatches,
+    )
+    layers = LayerPlan.of(job.architecture, config.parallel, config.activations, everything=job.all_layers)
     recorder = Recorder()
     layout = open_layout(config.parallel, inputs.source)
     stand_ins.answer_for_other_ranks()
     stand_ins.do_without_numbers(share_with_weight(inputs.schedule, iteration))
     if job.on_gpu:
         stand_ins.take_branches_of_gpu(recorder)
-    with recorder.fake, recorder:
-        run = Run.start(config, inputs, layout, device)
-        if job.on_gpu:
-            stand_ins.fuse_optimizer(run.step.optimizer)
-        _name_storages(recorder, run)
-        recorder.communication.know(layout, _window_group(run))
-        _watch_phases(recorder, run)
-        run.step.report = _Report(run.step.report.edges, run.step.report.old_context)
-        number = num_microbatches(run.config.train, config.parallel, job.world_size)
-        plan = MicrobatchPlan.of(layout, number, everything=job.all_microbatches)
-        steps = _run_steps(recorder, run, plan, iteration)
-    result = at_number(steps, plan.number)
+    _watch_schedules(recorder)
+    models = []
+    for number in layers.simulated:
+        source = inputs.source
+        architecture, parallel = layers.smaller(number, source.architecture, config.parallel)
+        smaller = replace(inputs, source=replace(source, architecture=architecture))
+        recorder.start_over()
+        with recorder.fake, recorder:
+            loop.build_model = _naming_weights(recorder)
+            run = Run.start(replace(config, parallel=parallel), smaller, layout, device)
+            if job.on_gpu:
+                stand_ins.fuse_optimizer(run.step.optimizer)
+            saved = SavedByLayer(run.chunks[-1].decoder.layers[-1], config.activations.recompute_num_layers or 1)
+            models.append(microbatches.in_full(_run_steps(recorder, run, microbatches, iteration)))
+            del run
+    result = layers.in_full(models)
     return Simulation(
         rank=job.rank,
         place=place(layout),
-        layers=LAYERS,
+        layers=LAYERS + (f"; not simulated: {', '.join(left_out)}" if left_out else ""),
         peak=max(result.peaks.values(), key=lambda moment: moment.total),
         peak_by_phase=result.peaks,
         timeline=result.timeline,
         flops=result.flops,
         collectives=result.collectives,
-        saved_by_layer={},
+        saved_by_layer=saved.bytes,
         seconds=time.perf_counter() - started,
-        extrapolated=plan.in_words,
+        extrapolated=in_words(microbatches, layers),
     )
+
+
+def with_own_layers(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """The options without what Transformer Engine or Apex computes, or a GPU's host keeps, and the flags of what was
+    asked for of it."""
+    kernels, optimizer = config.kernels, config.optimizer
+    own = replace(
+        config,
+        compute=replace(config.compute, transformer_impl="local"),
+        kernels=replace(
+            kernels, gradient_accumulation_fusion=None, rope_fusion=None, tp_comm_overlap=False, fp8_format=None
+        ),
+        optimizer=replace(
+            optimizer,
+            **{
+                field.name: field.default
+                for field in fields(optimizer)
+                if field.name in ("use_precision_aware_optimizer", "optimizer_cpu_offload")
+                or field.name.endswith("_dtype")
+            },
+        ),
+    )
+    changed = [
+        flag(field.name)
+        for before, after in ((kernels, own.kernels), (optimizer, own.optimizer))
+        for field in fields(before)
+        if getattr(before, field.name) not in (getattr(after, field.name), False)
+    ]
+    return own, ["--transformer-impl"] * (config.compute.transformer_impl == "transformer_engine") + changed
 
 
 def _join_fake_world(job: Job) -> Device:
@@ -151,6 +195,18 @@ def ranks_to_simulate(config: RunConfig, architecture: Architecture, world_size:
     return [0] if pp == 1 else [0, world_size // pp * (pp - 1)]
 
 
+def _naming_weights(recorder: Recorder) -> Callable[..., Any]:
+    """`build_model`, which says what the weights are for before they move into buffers."""
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        chunks = build_model(*args, **kwargs)
+        for chunk in chunks:
+            recorder.ledger.name(chunk.parameters(), "parameters")
+        return chunks
+
+    return build
+
+
 def _name_storages(recorder: Recorder, run: Run) -> None:
     """What the storages are for that live as long as the run."""
     ledger = recorder.ledger
@@ -177,13 +233,17 @@ def _window_group(run: Run) -> dist.ProcessGroup | None:
     return getattr(getattr(run.step.scorer, "windows", None), "group", None)
 
 
-def _watch_phases(recorder: Recorder, run: Run) -> None:
-    """Have the parts of a step tell the recorder where it is."""
+def _watch_schedules(recorder: Recorder) -> None:
+    """Have the passes of all pipeline schedules tell the recorder where it is."""
     from megatron.core.pipeline_parallel import schedules
 
-    step: Any = run.step
     schedules.forward_step = recorder.in_phase("forward", schedules.forward_step)
     schedules.backward_step = recorder.in_phase("backward", schedules.backward_step)
+
+
+def _watch_step(recorder: Recorder, run: Run) -> None:
+    """The same for the other parts of a step."""
+    step: Any = run.step
     step.optimizer.step = recorder.in_phase("optimizer", step.optimizer.step)
     if step.scorer is not None:
         step.scorer.short_nll = recorder.in_phase("scoring", step.scorer.short_nll, after="forward")
@@ -200,6 +260,10 @@ class _Report(StepReport):
 def _run_steps(recorder: Recorder, run: Run, plan: MicrobatchPlan, iteration: int) -> list[Counted]:
     """A first step, after which the optimizer has its state, then one for each number of micro-batches of the plan."""
     ledger, steps = recorder.ledger, []
+    _name_storages(recorder, run)
+    recorder.communication.know(run.layout, _window_group(run))
+    _watch_step(recorder, run)
+    run.step.report = _Report(run.step.report.edges, run.step.report.old_context)
     build_end = ledger.mark()
     ledger.phase = "forward"
     run.step(_batches(run, plan.first), iteration)
@@ -214,7 +278,6 @@ def _run_steps(recorder: Recorder, run: Run, plan: MicrobatchPlan, iteration: in
         moments = ledger.moments(start, ledger.mark())
         steps.append(
             Counted(
-                microbatches=number,
                 peaks=built | peaks(moments),
                 timeline=thinned(moments),
                 flops=recorder.take_flops(),

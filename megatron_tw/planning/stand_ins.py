@@ -12,11 +12,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron_tw.losses import chunked_head, linear_cross_entropy, row_exchange
-from megatron_tw.model import attention
+from megatron_tw.model import attention, kernels
 from megatron_tw.planning.recorder import Recorder
 
 aten = torch.ops.aten
@@ -60,17 +59,32 @@ def do_without_numbers(targets_with_weight: float) -> None:
 
     attention.bottom_right_causal = mask
 
-    agree = row_exchange.RowExchange.agree
+    _choose_targets(targets_with_weight)
+
+
+def _choose_targets(share: float) -> None:
+    """Which gradients of the loss are not zero: those of `share` of the targets of this rank's tokens."""
+    head = chunked_head.ChunkedHeadFunction
+    backward, agree = head.backward, row_exchange.RowExchange.agree
     generator = torch.Generator().manual_seed(1)
+    labelled: list[Tensor] = []
 
-    @wraps(agree)
-    def chosen(self: Any, chosen_GL: Tensor) -> Tensor:
+    def note_labels(ctx: Any, grad: Tensor) -> Any:
+        labelled[:] = [ctx.saved_tensors[3] != ctx.head.ignore_index]
+        return backward(ctx, grad)
+
+    def choose(self: Any, chosen_GL: Tensor) -> Tensor:
         agree(self, chosen_GL)
-        # Drawn, not evenly spread: shards of a row have more or fewer, and the fullest decides what is sent.
-        with unset_fake_temporarily():  # else the draws would be numbers that nobody knows, as all in floating point
-            return torch.rand(chosen_GL.shape, generator=generator).lt(targets_with_weight)
+        with _disable_current_modes():  # else the draws would be numbers that nobody knows, as all in floating point
+            # Drawn, not evenly spread: shards of a row have more or fewer, and the fullest decides what is sent.
+            draws_GL = torch.rand(chosen_GL.shape, generator=generator).masked_fill(~labelled[0], 2.0)
+            count = max(1, round(share * int(labelled[0].sum())))
+            chosen_GL = draws_GL <= draws_GL.flatten().kthvalue(count).values
+        labelled.clear()
+        return chosen_GL
 
-    row_exchange.RowExchange.agree = chosen  # type: ignore[method-assign]
+    head.backward = staticmethod(note_labels)  # type: ignore[assignment]
+    row_exchange.RowExchange.agree = choose  # type: ignore[method-assign]
 
 
 def run_compiled_functions_fused(recorder: Recorder, modules: Sequence[str] = ("megatron.core",)) -> None:
@@ -110,6 +124,8 @@ def take_branches_of_gpu(recorder: Recorder) -> None:
     F.scaled_dot_product_attention = _attention_of_gpu
     recorder.workspace[aten._scaled_dot_product_flash_attention_backward] = _flash_backward_workspace
     run_compiled_functions_fused(recorder)
+    there = kernels.Parts(gpu=True, capability=kernels.HOPPER, compiler=True)
+    kernels.Parts.here = staticmethod(lambda device, *, transformer_engine: there)  # type: ignore[method-assign]
 
     def scale(chunk_size: int, flag: Tensor, tensors: list[list[Tensor]], factor: Any) -> None:
         for source, target in zip(tensors[0], tensors[1], strict=True):
