@@ -27,14 +27,19 @@ def test_gradients_are_the_formulas(dtype: torch.dtype) -> None:
     (out, *expected), (ours, *gradients) = results
     assert torch.equal(out, ours)
     # The sums are made in another order; in bf16 a result is rounded once more or less.
-    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-6}
-    torch.testing.assert_close(gradients, expected, **tolerance)
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-6
+    torch.testing.assert_close(gradients, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_only_the_input_is_kept() -> None:
     x, weight = torch.randn(7, 96, dtype=torch.bfloat16).requires_grad_(), torch.ones(96, dtype=torch.bfloat16)
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         _RMSNormFunction.apply(x, weight, EPSILON)
     assert [(tensor.dtype, tensor.numel()) for tensor in kept] == [
         (torch.bfloat16, 7 * 96), (torch.bfloat16, 96), (torch.float32, 7)

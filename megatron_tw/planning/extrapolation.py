@@ -47,7 +47,7 @@ class MicrobatchPlan:
             return steps[0]
         low, high = self.simulated
         assert (self.number - high) % (high - low) == 0
-        return extended(*steps, (self.number - high) // (high - low))
+        return extended(steps[0], steps[1], (self.number - high) // (high - low))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class LayerPlan:
             return models[0]
         low, high = self.simulated
         assert (self.number - high) % (high - low) == 0
-        return extended(*models, (self.number - high) // (high - low))
+        return extended(models[0], models[1], (self.number - high) // (high - low))
 
 
 def in_words(microbatches: MicrobatchPlan, layers: LayerPlan) -> str:

@@ -126,21 +126,18 @@ def with_own_layers(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """The options without what Transformer Engine or Apex computes, or a GPU's host keeps, and the flags of what was
     asked for of it."""
     kernels, optimizer = config.kernels, config.optimizer
+    defaults: dict[str, Any] = {
+        field.name: field.default
+        for field in fields(optimizer)
+        if field.name in ("use_precision_aware_optimizer", "optimizer_cpu_offload") or field.name.endswith("_dtype")
+    }
     own = replace(
         config,
         compute=replace(config.compute, transformer_impl="local"),
         kernels=replace(
             kernels, gradient_accumulation_fusion=None, rope_fusion=None, tp_comm_overlap=False, fp8_format=None
         ),
-        optimizer=replace(
-            optimizer,
-            **{
-                field.name: field.default
-                for field in fields(optimizer)
-                if field.name in ("use_precision_aware_optimizer", "optimizer_cpu_offload")
-                or field.name.endswith("_dtype")
-            },
-        ),
+        optimizer=replace(optimizer, **defaults),
     )
     changed = [
         flag(field.name)

@@ -73,7 +73,7 @@ def saved_by_te_layer(config: RunConfig, architecture: Architecture) -> dict[str
             )
         tensors += [
             (
-                "self_attention",
+                attention,  # where this project's layers rotate queries and keys just before
                 f"{part} of the rotary embedding of {name}",
                 (tokens, 1, 1, architecture.rotary_dim),
                 "bfloat16",
