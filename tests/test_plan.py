@@ -16,7 +16,8 @@ from programs import Programs
 from test_launch import ROOT
 from tiny import TINY_LLAMA, prepare_ready_rows, reference_rows
 
-from megatron_tw.config import ParallelConfig, parse_options
+from megatron_tw.config import ParallelConfig, RunConfig, parse_options
+from megatron_tw.config.options import options_of as options_in
 from megatron_tw.config.plan import PlanConfig, PlanOptions, check_plan
 from megatron_tw.model.flops import model_flops
 from megatron_tw.parallel.gpus import GPUS
@@ -253,3 +254,10 @@ def test_options_of_a_layout_are_all_of_a_training() -> None:
     assert chosen["recompute_granularity"] is None
     make: Callable[..., Any] = parse_options
     assert make(["--model", "llama3-8b", "--world-size", "8", "--seq-length", "32768"], PlanConfig) is not None
+
+
+def test_a_plan_takes_every_option_of_training() -> None:
+    """A training's YAML file can be planned as it is, and nothing of it is lost on the way."""
+    assert options_in(RunConfig).keys() <= options_in(PlanConfig).keys()
+    options = ["--world-size", "8", "--model", "llama3-8b", "--seq-length", "32768", "--bf16", "--fp8-format", "hybrid"]
+    assert parse_options(options, PlanConfig).run_config().kernels.fp8_format == "hybrid"

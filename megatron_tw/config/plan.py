@@ -10,6 +10,7 @@ from megatron_tw.config.schema import (
     ComputeConfig,
     DataConfig,
     DataParallelConfig,
+    KernelConfig,
     LoggingConfig,
     ModelConfig,
     OptimizationConfig,
@@ -87,6 +88,7 @@ class PlanConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     activations: ActivationConfig = field(default_factory=ActivationConfig)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
     data: PlannedDataConfig
     train: PlannedTrainConfig = field(default_factory=PlannedTrainConfig)
     optimizer: OptimizationConfig = field(default_factory=OptimizationConfig)
@@ -112,6 +114,7 @@ class PlanConfig:
             model=replace(self.model, load_hf=self.model.load_hf or self.plan.model),
             compute=self.compute,
             activations=self.activations,
+            kernels=self.kernels,
             data=DataConfig(**vars(replace(self.data, valid_data_path=None))),
             train=TrainConfig(**vars(train)),
             optimizer=self.optimizer,
