@@ -88,6 +88,11 @@ CASES: dict[str, tuple[Axes, str, dict[str, Any]]] = {
         "dense",
         {"activations": ActivationConfig(recompute_granularity="selective"), "scorer": LIVE},
     ),
+    "TP2-mlp-again": (
+        Axes(tp=2),
+        "dense",
+        {"activations": ActivationConfig(recompute_granularity="selective", recompute_modules=("mlp",))},
+    ),
 }
 
 

@@ -180,6 +180,13 @@ class ActivationConfig:
     """MiB in which the loss keeps logits from forward to backward instead of making them again; tokens kept = MiB x
     2^20 / (padded vocabulary / TP x bytes of a number). (null: 1024, and 0 where weights are sparse)."""
 
+    @property
+    def modules_run_again(self) -> frozenset[str]:
+        """The parts of a layer that the backward pass computes again where it does not do so with whole layers."""
+        if self.recompute_granularity != "selective":
+            return frozenset()
+        return frozenset(self.recompute_modules or ("core_attn",))
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:

@@ -15,6 +15,7 @@ leaves targets out that weigh nothing, layers are run again to save memory, and 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 import numpy as np
 
@@ -106,10 +107,8 @@ def step_work(
     labelled_RG = _labelled(row, seq_length, parallel.context_parallel_size, shards)
     labelled = rows * shards * int(labelled_RG.max(1).sum())
     loss_rows = labelled if loss_rows is None else loss_rows
-    again = {"full": layers, "selective": Work(attention=layers.attention)}.get(str(activations.recompute_granularity))
     backward = Work(2 * layers.gemm, ATTENTION_BACKWARD * layers.attention)
-    if again is not None:
-        backward += again * _share_of_layers(architecture, parallel, activations)
+    backward += _run_again(architecture, layers, parallel, activations)
     kept = _share_kept(architecture, seq_length, train.micro_batch_size, parallel, compute, keep_logits_mib)
     return StepWork(
         scoring=scoring or Work(),
@@ -163,13 +162,29 @@ def _labelled(window: Window, length: int, share: int, shards: int) -> np.ndarra
     return ranks_RS.reshape(share, shards, -1).sum(2)
 
 
-def _share_of_layers(architecture: Architecture, parallel: ParallelConfig, activations: ActivationConfig) -> float:
-    """Layers that are run again in the backward pass, of all."""
-    if activations.recompute_granularity != "full" or activations.recompute_method == "uniform":
-        return 1.0
+def _run_again(
+    architecture: Architecture, layers: Work, parallel: ParallelConfig, activations: ActivationConfig
+) -> Work:
+    """Of the layers' forward pass, what the backward pass does once more."""
+    if activations.recompute_granularity != "full":
+        modules = activations.modules_run_again
+        return Work(
+            gemm=layers.gemm * _share_of_mlp(architecture) if "mlp" in modules else 0.0,
+            attention=layers.attention if "core_attn" in modules else 0.0,
+        )
+    if activations.recompute_method == "uniform":
+        return layers
     assert activations.recompute_num_layers is not None
     chunks = parallel.pipeline_model_parallel_size * (virtual_pipeline_size(parallel, architecture.num_layers) or 1)
-    return min(1.0, activations.recompute_num_layers * chunks / architecture.num_layers)
+    return layers * min(1.0, activations.recompute_num_layers * chunks / architecture.num_layers)
+
+
+def _share_of_mlp(architecture: Architecture) -> float:
+    """Of the products with a layer's weights."""
+    mlp, both = (
+        sum(prod(shape) for shape in layer_shapes(architecture, part) if len(shape) == 2) for part in (".mlp.", "")
+    )
+    return mlp / both
 
 
 def _share_kept(

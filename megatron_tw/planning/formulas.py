@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
-from megatron_tw.config import (
-    RunConfig,
-)
+from megatron_tw.config import ActivationConfig, RunConfig
 from megatron_tw.model.architecture import Architecture, megatron_vocab_size
 from megatron_tw.model.families.table import layer_shapes
 from megatron_tw.model.flops import StepWork, Work, scoring_work, step_work
@@ -113,13 +111,26 @@ class LayerBytes:
 
     ours: this project's layers; te: Transformer Engine's, which fuse the rotary embedding and keep no gathered keys
     and values. input: the layer's input alone, which full recomputation keeps. gathered: of ours, the keys and values
-    of all context-parallel ranks.
+    of all context-parallel ranks. local: those of this rank, which stand in for them where they are gathered again.
+    mlp: what the MLP keeps besides its input.
     """
 
     ours: float
     te: float
     input: float
     gathered: float
+    local: float
+    mlp: float
+
+    def kept(self, options: ActivationConfig) -> float:
+        """What ours leave where some of it is made again in backward, but not whole layers."""
+        modules = options.modules_run_again
+        kept = self.ours
+        if self.gathered and ("core_attn" in modules or options.recompute_cp_gather):
+            kept += self.local - self.gathered
+        if "mlp" in modules:
+            kept -= self.mlp
+        return kept
 
 
 def layer_bytes(sizes: Sizes, tokens: int, sequence: int) -> LayerBytes:
@@ -133,18 +144,19 @@ def layer_bytes(sizes: Sizes, tokens: int, sequence: int) -> LayerBytes:
     gated = bool(a.family.megatron.get("gated_linear_unit"))
     up = 2 if gated else 1  # products before the activation
     norms = 2 if any("mlp" in p.names[0] and "norm" in p.names[0] for p in a.family.tensors) else 1
+    mlp = (up + 1) * ffn if a.family.fused_activation else (up + 2) * ffn
     # Inputs and outputs of the norms, queries, keys and values, attention's output, both sides of the activation.
-    fused = 2 * norms * hidden + 2 * queries + 2 * keys + (up + 1) * ffn
-    if not a.family.fused_activation:
-        fused += ffn
+    fused = 2 * norms * hidden + 2 * queries + 2 * keys + mlp
     gathered = 2 * keys * sequence if sequence > tokens else 0.0
     # Attention's output is made in two parts, which are kept besides; keys and values of this rank are not.
-    extra = queries - 2 * keys if gathered else 0.0
+    parts, local = (queries, 2 * keys) if gathered else (0.0, 0.0)
     return LayerBytes(
-        ours=b * (tokens * (fused + extra) + gathered),
+        ours=b * (tokens * (fused + parts - local) + gathered),
         te=b * tokens * fused,
         input=b * tokens * hidden,
         gathered=b * gathered,
+        local=b * tokens * local,
+        mlp=b * tokens * mlp,
     )
 
 
@@ -199,7 +211,7 @@ def training_bytes(sizes: Sizes) -> float:
     parallel, options = config.parallel, config.activations
     sequence = config.data.seq_length * config.train.micro_batch_size
     layer = layer_bytes(sizes, tokens, sequence)
-    kept = layer.ours
+    kept = layer.kept(options)
     layers = sizes.architecture.num_layers / parallel.pipeline_model_parallel_size
     again = 0.0  # of these layers, that are run again
     if options.recompute_granularity == "full":
@@ -211,7 +223,7 @@ def training_bytes(sizes: Sizes) -> float:
     if options.recompute_granularity == "full" and options.recompute_method == "uniform":
         assert options.recompute_num_layers is not None
         stored = again * layer.input / options.recompute_num_layers + (options.recompute_num_layers - 1) * kept
-    working = kept * (1.3 if again else 1.0)  # one layer, run again, and gradients within it
+    working = layer.ours * (1.3 if again else 1.0)  # one layer, run again, and gradients within it
     working += 4 * layer.gathered  # gathered keys and values once more, their gradients, and these in fp32
     head = sizes.architecture.hidden_size * sizes.bytes_of_a_number
     loss = min(float(sizes.keep_logits_mib << 20), tokens * 2.0 * sizes.architecture.vocab_size)

@@ -41,7 +41,7 @@ class Plan:
             simulations=tuple(simulations),
             allowances=allowances,
             times=max(times, key=lambda phases: sum(time.total for time in phases.values())),
-            te_saves_bytes=(layer.ours - layer.te) * kept,
+            te_saves_bytes=max(0.0, layer.kept(config.activations) - layer.te) * kept,
         )
 
     @property
@@ -75,7 +75,8 @@ class Plan:
             "parameters": "more tensor or pipeline parallelism",
             "gradients": "more tensor or pipeline parallelism",
             "optimizer": "more data or context parallelism, over which it is shared",
-            "activations": "--recompute-granularity full, or more context or tensor parallelism",
+            "activations": "--recompute-granularity full, or more context or tensor parallelism; under context "
+            "parallelism, with layers that are not Transformer Engine's, --recompute-cp-gather",
         }
         return f"{largest}, {parts[largest] / 1e9:.1f} GB (smaller with {helps.get(largest, 'fewer rows at once')})"
 
@@ -155,6 +156,8 @@ def layout_in_words(sizes: Sizes) -> str:
         f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size}{interleaved} x "
         f"CP {parallel.context_parallel_size} x DP {sizes.copies}, micro-batch {sizes.config.train.micro_batch_size}"
     )
+    if options.recompute_cp_gather:
+        words += ", keys and values gathered again"
     if options.recompute_granularity is None:
         return f"{words}, no recompute"
     if options.recompute_method == "block":

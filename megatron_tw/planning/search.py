@@ -116,8 +116,10 @@ def _variants(config: RunConfig, architecture: Architecture, cluster: Cluster) -
             overlap_param_gather=shared and config.scorer.scorer != "ema",  # which refuses it
             ddp_bucket_size=config.data_parallel.ddp_bucket_size if shared else None,
         )
+        # With auto the run may have Transformer Engine's layers, which keep none and refuse to gather again.
+        gathers = parallel.context_parallel_size > 1 and config.compute.transformer_impl == "local"
         for micro_batch in MICRO_BATCHES:
-            for activations in _recomputations(config.activations, parallel, architecture):
+            for activations in _recomputations(config.activations, parallel, architecture, gathers=gathers):
                 variant = replace(
                     config,
                     parallel=parallel,
@@ -163,16 +165,28 @@ def _layouts(config: RunConfig, architecture: Architecture, cluster: Cluster) ->
 
 
 def _recomputations(
-    given: ActivationConfig, parallel: ParallelConfig, architecture: Architecture
+    given: ActivationConfig, parallel: ParallelConfig, architecture: Architecture, *, gathers: bool
 ) -> Iterator[ActivationConfig]:
-    """None, of some layers of each stage, of all."""
-    none = replace(given, recompute_granularity=None, recompute_method=None, recompute_num_layers=None)
+    """None, of gathered keys and values alone (gathers: where layers keep them), of some layers of a stage, of all."""
+    none = replace(
+        given,
+        recompute_granularity=None,
+        recompute_modules=None,
+        recompute_method=None,
+        recompute_num_layers=None,
+        recompute_cp_gather=False,
+    )
     yield none
+    if gathers:
+        yield replace(none, recompute_cp_gather=True)
     yield replace(none, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     chunk = parallel.num_layers_per_virtual_pipeline_stage
     layers = chunk or architecture.num_layers // parallel.pipeline_model_parallel_size
     for part in sorted({layers * eighth // 8 for eighth in range(1, 8)} - {0, layers}):
-        yield replace(none, recompute_granularity="full", recompute_method="block", recompute_num_layers=part)
+        block = replace(none, recompute_granularity="full", recompute_method="block", recompute_num_layers=part)
+        yield block
+        if gathers:
+            yield replace(block, recompute_cp_gather=True)
 
 
 def _divisors(number: int) -> list[int]:

@@ -43,7 +43,10 @@ def collectives_of(sizes: Sizes) -> list[Collective]:
     stages, count = parallel.pipeline_model_parallel_size, sizes.microbatches
     layers = a.num_layers // stages
     hidden = sizes.local_tokens * a.hidden_size * b
-    again = layers if config.activations.recompute_granularity == "full" else 0
+    activations = config.activations
+    again = layers if activations.recompute_granularity == "full" else 0
+    gathers = activations.recompute_cp_gather or "core_attn" in activations.modules_run_again
+    gathers_again = layers if gathers else again
 
     def add(phase: str, group: str, operation: str, size: int, calls: float, payload: float, hid: bool = False) -> None:
         if size > 1 and calls:
@@ -62,7 +65,8 @@ def collectives_of(sizes: Sizes) -> list[Collective]:
             add(phase, "TP", "all_reduce", tensor, 2 * calls, payload)
 
     layer_forward("forward", layers * count, hidden)
-    layer_forward("backward", again * count, hidden)
+    mlp_again = layers / 2 if "mlp" in activations.modules_run_again else 0
+    layer_forward("backward", (again + mlp_again) * count, hidden)
     if parallel.uses_sequence_parallel:
         add("backward", "TP", "all_gather", tensor, 2 * layers * count, hidden)
         add("backward", "TP", "all_gather", tensor, 2 * layers * count, hidden, True)
@@ -75,7 +79,7 @@ def collectives_of(sizes: Sizes) -> list[Collective]:
     keys = max(a.num_query_groups // tensor, 1) * a.head_dim
     gathered = 2 * config.train.micro_batch_size * config.data.seq_length * keys
     add("forward", "CP", "all_gather", context, layers * count, gathered * b)
-    add("backward", "CP", "all_gather", context, again * count, gathered * b)
+    add("backward", "CP", "all_gather", context, gathers_again * count, gathered * b)
     add("backward", "CP", "reduce_scatter", context, layers * count, gathered * 4)
     if stages > 1:
         message = hidden / (tensor if parallel.uses_sequence_parallel else 1)

@@ -66,9 +66,10 @@ def expected_tensors(architecture: "Architecture") -> dict[str, Shape]:
     return shapes
 
 
-def layer_shapes(architecture: "Architecture") -> list[Shape]:
-    """Shapes of all Hugging Face tensors of one layer."""
+def layer_shapes(architecture: "Architecture", part: str = "") -> list[Shape]:
+    """Shapes of all Hugging Face tensors of one layer; part: only of the Megatron-Core parameters whose name has it."""
     parameters = [parameter for parameter in architecture.family.tensors if "*" in parameter.names[0]]
+    parameters = [parameter for parameter in parameters if part in parameter.names[0]]
     return [shape for parameter in parameters for shape in _shapes(parameter, 0, architecture).values()]
 
 
