@@ -86,6 +86,30 @@ def test_equals_full_logits_in_fp64(case, split):
     )
 
 
+def reference_top1(hidden, weight, labels, vocab=VOCAB, bias=None):
+    return F.linear(hidden, weight, bias)[..., :vocab].argmax(-1) == labels
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_top1_is_the_argmax_of_the_whole_vocabulary(split):
+    hidden, weight, labels = make_inputs()
+    first = F.linear(hidden, weight)[..., :VOCAB].argmax(-1)
+    labels = torch.where((torch.arange(SEQ) % 2 == 0)[:, None] & (labels != -100), first, labels)
+    expected = reference_top1(hidden, weight, labels)
+    assert 0 < expected.sum() < (labels != -100).sum()
+    top1 = torch.ones_like(labels, dtype=torch.bool)
+    nll = linear_cross_entropy(hidden, weight, labels, vocab_size=VOCAB, top1=top1, **split)
+    assert torch.equal(top1, expected)
+    assert torch.equal(nll, linear_cross_entropy(hidden, weight, labels, vocab_size=VOCAB, **split))
+    swapped = torch.empty(BATCH, SEQ, dtype=torch.bool)
+    linear_cross_entropy(
+        hidden.transpose(0, 1), weight, labels.T, batch_first=True, vocab_size=VOCAB, top1=swapped, **split
+    )
+    assert torch.equal(swapped, expected.T)
+    linear_cross_entropy(hidden, weight, torch.full_like(labels, -100), top1=top1, **split)
+    assert not top1.any()
+
+
 @pytest.mark.parametrize("case", token_weight_cases(SEQ, BATCH))
 @pytest.mark.parametrize("split", SPLITS)
 def test_output_bias_equals_full_logits_in_fp64(case, split):
@@ -252,6 +276,8 @@ def test_label_out_of_range_is_an_error(bad_label):
         ({"chunk_tokens": 0}, "chunk_tokens: expected 1 or more, got 0"),
         ({"tile_entries": -1}, "tile_entries: expected 1 or more, got -1"),
         ({"keep_logits_bytes": -1}, "keep_logits_bytes: expected 0 or more, got -1"),
+        ({"top1": torch.zeros(SEQ, BATCH)}, r"top1: expected bool \[12, 2\], as labels, got torch.float32"),
+        ({"top1": torch.zeros(BATCH, SEQ, dtype=torch.bool)}, r"top1: expected bool \[12, 2\], .* \[2, 12\]"),
     ],
 )
 def test_bad_arguments_are_named(change, message):

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_losses import gradients, make_bias, make_inputs, reference_nll, token_weight_cases
+from test_losses import gradients, make_bias, make_inputs, reference_nll, reference_top1, token_weight_cases
 
 from megatron_tw.losses import linear_cross_entropy, vocab_parallel_cross_entropy
 
@@ -68,14 +68,20 @@ def assert_equal_to_full_logits(sequence_parallel):
 def assert_bias_equals_full_logits(own_hidden, hidden, weight, labels, vocab, sequence_parallel, splits):
     bias = make_bias(padded=len(weight))
     own_weight, own_bias = local_slice(weight), local_slice(bias)
+    first = torch.nn.functional.linear(hidden, weight, bias)[..., :vocab].argmax(-1)
+    labels = torch.where((torch.arange(SEQ) % 2 == 0)[:, None] & (labels != -100), first, labels)
     expected_nll = reference_nll(hidden, weight, labels, vocab, bias)
     token_weights = token_weight_cases(SEQ, BATCH)["a third is zero"]
     expected_hidden, *expected = gradients(expected_nll, token_weights, hidden, weight, bias)
     expected_hidden = local_slice(expected_hidden) if sequence_parallel else expected_hidden
     options = {"tp_group": dist.group.WORLD, "sequence_parallel": sequence_parallel, "vocab_size": vocab}
+    expected_top1 = reference_top1(hidden, weight, labels, vocab, bias)
+    assert 0 < expected_top1.sum() < labels.numel()
     for split in splits:
-        nll = linear_cross_entropy(own_hidden, own_weight, labels, bias=own_bias, **options, **split)
+        top1 = torch.ones_like(labels, dtype=torch.bool)
+        nll = linear_cross_entropy(own_hidden, own_weight, labels, bias=own_bias, top1=top1, **options, **split)
         torch.testing.assert_close(nll, expected_nll, rtol=1e-12, atol=1e-12)
+        assert torch.equal(top1, expected_top1)
         actual = gradients(nll, token_weights, own_hidden, own_weight, own_bias)
         torch.testing.assert_close(actual, (expected_hidden, *map(local_slice, expected)), rtol=1e-11, atol=1e-12)
 

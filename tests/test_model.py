@@ -14,7 +14,7 @@ from tiny import BOS, SEQ_LENGTH, STRIDE, TINY_LLAMA, VOCAB, WINDOW, Axes, layou
 
 from megatron_tw.model.architecture import export_hf_config, parse_architecture, read_architecture
 from megatron_tw.model.build import save_hf
-from megatron_tw.model.forward import ShortWindowForward, long_nll, long_sequences, run_schedule
+from megatron_tw.model.forward import ShortWindowForward, long_nll, long_nll_and_top1, long_sequences, run_schedule
 from megatron_tw.model.rotary import rotary_embedding
 from megatron_tw.objective.zigzag import unshard
 from megatron_tw.parallel.devices import prepare_device
@@ -84,6 +84,50 @@ def logits_and_nll(axes: Axes, folder: Path):
             short[name] = forward.short_nll(chunks, rows)
         training = [chunk.training for chunk in chunks]
     return logits, long, short, training
+
+
+def greedy_half() -> torch.Tensor:
+    """Rows [2, 256]: of their tokens about half are transformers' first choice, the others are drawn."""
+    from transformers import DynamicCache, LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32)
+    rows = torch.from_numpy(reference_rows())[:2].clone()
+    greedy = torch.rand(rows.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    cache = DynamicCache()
+    with torch.no_grad():
+        for position in range(SEQ_LENGTH - 1):
+            logits = model(rows[:, position : position + 1], past_key_values=cache).logits[:, -1]
+            rows[:, position + 1] = torch.where(greedy[:, position + 1], logits.argmax(-1), rows[:, position + 1])
+    return rows
+
+
+def nll_and_top1(axes: Axes, rows: torch.Tensor):
+    with layout_of(axes) as layout:
+        _, chunks = load_tiny(axes, layout)
+        plain = long_nll(chunks, rows, layout, micro_batch_size=1)
+        both = long_nll_and_top1(chunks, rows, layout, micro_batch_size=1)
+        assert (plain is None) == (both is None)
+        assert plain is None or both is None or torch.equal(plain, both[0])
+    return both
+
+
+def test_the_first_choice_is_transformers_argmax(ranks):
+    from transformers import LlamaForCausalLM
+
+    rows = greedy_half()
+    with torch.no_grad():
+        logits = LlamaForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32)(rows).logits[:, :-1].double()
+    expected_nll = -logits.log_softmax(-1).gather(2, rows[:, 1:, None])[..., 0]
+    expected = logits.argmax(-1) == rows[:, 1:]
+    assert 0.4 < expected.float().mean() < 0.6
+    best = logits.topk(2).values
+    assert (best[..., 0] - best[..., 1]).min() > 1e-5, "a tie within rounding: no layout can be held to it"
+    for axes in (Axes(), Axes(tp=2), Axes(cp=2), Axes(pp=2), Axes(tp=2, cp=2)):
+        answers = [both for both in ranks(axes.world_size).run(nll_and_top1, axes, rows) if both is not None]
+        assert len(answers) == axes.world_size // axes.pp
+        for nll, top1 in answers:
+            np.testing.assert_allclose(nll, expected_nll, atol=1e-5, rtol=0, err_msg=axes.name)
+            assert torch.equal(top1, expected), axes.name
 
 
 def reference_logits(folder: Path) -> torch.Tensor:

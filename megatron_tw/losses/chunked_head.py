@@ -63,11 +63,20 @@ class _Chunk:
 
 
 class ChunkedHeadFunction(torch.autograd.Function):
-    """(hidden, weight, bias or None, labels, head) -> loss of each token, [S, B] in head.sum_dtype."""
+    """(hidden, weight, bias or None, labels, head, top1 or None) -> loss of each token, [S, B] in head.sum_dtype.
+
+    top1, [S, B] bool, is filled in: whether the token has a label, and no logit of the whole vocabulary is above its.
+    """
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels_SB: Tensor, head: ChunkedHead
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels_SB: Tensor,
+        head: ChunkedHead,
+        top1_SB: Tensor | None,
     ) -> Tensor:
         hidden_LH = hidden.flatten(0, 1)
         labels_GL = labels_SB.reshape(head.exchange.num_shards, len(hidden_LH))
@@ -84,10 +93,15 @@ class ChunkedHeadFunction(torch.autograd.Function):
         # Rows without a label: a log-sum-exp of +inf makes their softmax 0, whatever their logits.
         lse_GL = torch.full(labels_GL.shape, torch.inf, dtype=head.sum_dtype, device=hidden.device)
         target_GL = torch.zeros_like(lse_GL)
+        if top1_SB is not None:
+            top1_SB.fill_(False)
         if statistics_3GC:
-            lse_GR, target_GR = combine_shards(torch.cat(statistics_3GC, dim=2), head.exchange.tp_group)
+            lse_GR, target_GR, max_GR = combine_shards(torch.cat(statistics_3GC, dim=2), head.exchange.tp_group)
             lse_GL.scatter_(1, index_GR, lse_GR).masked_fill_(~labelled_GL, torch.inf)
             target_GL.scatter_(1, index_GR, target_GR)
+            if top1_SB is not None:
+                top1_GL = torch.zeros_like(labelled_GL).scatter_(1, index_GR, target_GR >= max_GR)
+                top1_SB.copy_((top1_GL & labelled_GL).view_as(labels_SB))
         ctx.save_for_backward(hidden, weight, bias, labels_GL, lse_GL, target_GL)  # type: ignore[arg-type]
         ctx.head, ctx.kept_chunks = head, kept_chunks  # type: ignore[attr-defined]
         # The Parameters themselves, for main_grad and Megatron's marks on it: unpacking a saved tensor may give another
@@ -138,7 +152,7 @@ class ChunkedHeadFunction(torch.autograd.Function):
         parameter_grads = [
             None if gradient is None else gradient.finish() for gradient in (weight_gradient, bias_gradient)
         ]
-        return grad_hidden, *parameter_grads, None, None
+        return grad_hidden, *parameter_grads, None, None, None
 
 
 def _forward_chunk(

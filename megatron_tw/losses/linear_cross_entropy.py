@@ -36,6 +36,7 @@ def linear_cross_entropy(
     keep_logits_bytes: int = 0,
     chunk_tokens: int | None = None,
     tile_entries: int | None = None,
+    top1: Tensor | None = None,
 ) -> Tensor:
     """Negative log-likelihood of each label under softmax(hidden @ weight.T + bias), in natural log.
 
@@ -61,6 +62,9 @@ def linear_cross_entropy(
             kept is for nothing. Under torch.no_grad nothing is kept.
         chunk_tokens: tokens that go through the vocabulary together; None: CHUNK_TOKENS.
         tile_entries: vocabulary entries whose logits exist at a time, for chunk_tokens tokens; None: TILE_BYTES' worth.
+        top1: [seq, batch] bool, as `labels`: overwritten by whether the label is the model's first choice: no logit of
+            the whole vocabulary is above its (of logits equal within rounding, any may count). False where there is
+            no label. None: not asked for, and costs nothing.
 
     Returns:
         [seq, batch] fp32 (fp64 for fp64 input), as `labels`, the same on all ranks of `tp_group`.
@@ -73,10 +77,14 @@ def linear_cross_entropy(
     num_shards = tp_group.size() if sequence_parallel and tp_group is not None else 1
     # Tokens are worked on in the order in which they lie, so that without shards either of the two is as good.
     _check_shapes(hidden, weight, bias, labels, num_shards, seq_dim=1 if batch_first else 0)
-    swap = batch_first and num_shards > 1
+    shape, swap = labels.shape, batch_first and num_shards > 1
     if swap:
         hidden, labels = hidden.transpose(0, 1), labels.transpose(0, 1)
     check_labels(labels, shard.total, ignore_index)
+    if top1 is not None:
+        if top1.dtype != torch.bool or top1.shape != shape:
+            raise ValueError(f"top1: expected bool {list(shape)}, as labels, got {top1.dtype} {list(top1.shape)}")
+        top1 = top1.transpose(0, 1) if swap else top1
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
     if not autocast and hidden.dtype != weight.dtype:
@@ -111,7 +119,7 @@ def linear_cross_entropy(
         kept_rows=keep_logits_bytes // row_bytes if for_backward else 0,
     )
     with torch.autocast(device, enabled=False):  # every dtype is chosen above
-        loss: Tensor = ChunkedHeadFunction.apply(hidden, weight, bias, labels, head)
+        loss: Tensor = ChunkedHeadFunction.apply(hidden, weight, bias, labels, head, top1)
     return loss.transpose(0, 1) if swap else loss
 
 

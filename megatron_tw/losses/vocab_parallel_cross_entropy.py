@@ -69,7 +69,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             target_T[rows] = chunk_TV.gather(1, label_T[:, None])[:, 0] * here_T
             label_T = torch.where(here_T, label_T, -1)
             operations.add_statistics_(chunk_TV, label_T, target_T[rows], max_T[rows], sum_T[rows], keep=False)
-        lse_T, target_T = combine_shards(statistics_3T, tp_group)
+        lse_T, target_T, _ = combine_shards(statistics_3T, tp_group)
         ctx.save_for_backward(logits_SBV, labels_SB, lse_T, target_T)
         ctx.shard, ctx.ignore_index = shard, ignore_index  # type: ignore[attr-defined]
         return torch.where(labels_T == ignore_index, 0.0, lse_T - target_T).view_as(labels_SB)

@@ -53,8 +53,9 @@ def check_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
         raise ValueError(f"labels: expected 0 to {vocab_size - 1}, or {ignore_index} to ignore, got {first}")
 
 
-def combine_shards(statistics_3T: Tensor, tp_group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Log of the softmax's denominator, and the label's logit, over all shards. One MAX and one SUM all-reduce.
+def combine_shards(statistics_3T: Tensor, tp_group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Log of the softmax's denominator, the label's logit, and the largest logit, over all shards. One MAX and one SUM
+    all-reduce.
 
     Args:
         statistics_3T: of this shard's logits the maximum, the sum of exp(logit - maximum), and the label's logit, which
@@ -62,9 +63,9 @@ def combine_shards(statistics_3T: Tensor, tp_group: dist.ProcessGroup | None) ->
     """
     max_T, sum_T, target_T = statistics_3T
     if tp_group is None or tp_group.size() == 1:
-        return max_T + sum_T.log(), target_T
+        return max_T + sum_T.log(), target_T, max_T
     total_max_T = max_T.clone()
     dist.all_reduce(total_max_T, dist.ReduceOp.MAX, group=tp_group)  # the same shift on all shards
     sums_2T = torch.stack([sum_T * (max_T - total_max_T).exp(), target_T])
     dist.all_reduce(sums_2T, group=tp_group)  # denominator, and the logit that one shard alone has
-    return total_max_T + sums_2T[0].log(), sums_2T[1]
+    return total_max_T + sums_2T[0].log(), sums_2T[1], total_max_T

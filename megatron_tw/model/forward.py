@@ -55,14 +55,16 @@ def shard_sequences(ids_MN: Tensor, labels_MN: Tensor, shard: SequenceShard) -> 
     return Sequences(ids_MS, labels_MS, shard)
 
 
-def call_model(model: torch.nn.Module, sequences: Sequences) -> Tensor:
-    """One forward of a model chunk: NLL [S, M] fp32 on the last stage, hidden states on others."""
+def call_model(model: torch.nn.Module, sequences: Sequences, **asked: bool) -> Any:
+    """One forward of a model chunk: NLL [S, M] fp32 on the last stage, hidden states on others. asked: `top1=True`,
+    see TokenWeightedGPT."""
     return model(
         input_ids=sequences.ids_MS,
         position_ids=None,
         attention_mask=None,
         labels=sequences.labels_MS,
         packed_seq_params=sequences.shard,
+        **asked,
     )
 
 
@@ -97,7 +99,6 @@ def run_schedule(
     )
 
 
-@torch.no_grad()
 def forward_nll(
     model: Sequence[torch.nn.Module], micro_batches: Sequence[Sequences], layout: Layout, *, pipelined: bool = True
 ) -> list[Tensor]:
@@ -106,6 +107,17 @@ def forward_nll(
 
     Nothing is left behind: train or eval mode is restored, nothing is saved for backward.
     """
+    return _forward_only(model, _nll_step, micro_batches, layout, pipelined)
+
+
+@torch.no_grad()
+def _forward_only(
+    model: Sequence[torch.nn.Module],
+    forward_step: Any,
+    micro_batches: Sequence[Sequences],
+    layout: Layout,
+    pipelined: bool = True,
+) -> list[Any]:
     modes = [chunk.training for chunk in model]
     for chunk in model:
         chunk.eval()
@@ -113,7 +125,7 @@ def forward_nll(
         with as_in_scoring(model, micro_batches[0].ids_MS.numel()):
             reports = run_schedule(
                 model,
-                _nll_step,
+                forward_step,
                 micro_batches,
                 local_length=micro_batches[0].ids_MS.shape[1],
                 micro_batch_size=micro_batches[0].ids_MS.shape[0],
@@ -135,6 +147,15 @@ def _report_nll(nll_SM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return nll_SM.sum(), torch.zeros((), dtype=torch.int, device=nll_SM.device), nll_SM.transpose(0, 1).contiguous()
 
 
+def _top1_step(iterator: Iterator[Sequences], model: torch.nn.Module) -> tuple[Any, Any]:
+    return call_model(model, next(iterator), top1=True), _report_nll_and_top1
+
+
+def _report_nll_and_top1(both_SM: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    total, count, nll_MS = _report_nll(both_SM[0])
+    return total, count, (nll_MS, both_SM[1].transpose(0, 1).contiguous())
+
+
 def long_nll(
     model: Sequence[torch.nn.Module], rows_RN: Tensor, layout: Layout, *, micro_batch_size: int
 ) -> Tensor | None:
@@ -148,6 +169,21 @@ def long_nll(
     if not nlls:
         return None
     return torch.cat([row_layout(layout).gather(nll_MS) for nll_MS in nlls])[:, :-1]
+
+
+def long_nll_and_top1(
+    model: Sequence[torch.nn.Module], rows_RN: Tensor, layout: Layout, *, micro_batch_size: int
+) -> tuple[Tensor, Tensor] | None:
+    """`long_nll`, and [R, N-1] bool: whether the target is the model's first choice, which is the argmax of the whole
+    vocabulary (of equal logits: any)."""
+    batches = [long_sequences(rows, layout) for rows in rows_RN.split(micro_batch_size)]
+    reports = _forward_only(model, _top1_step, batches, layout)
+    if not reports:
+        return None
+    whole = row_layout(layout)
+    nll_RN = torch.cat([whole.gather(nll_MS) for nll_MS, _ in reports])
+    top1_RN = torch.cat([whole.gather(top1_MS.to(torch.uint8)) for _, top1_MS in reports])
+    return nll_RN[:, :-1], top1_RN[:, :-1].bool()
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ class TokenWeightedGPT(GPTModel):
 
     forward(input_ids [B, S], position_ids=None, attention_mask=None, labels=[B, S], packed_seq_params=SequenceShard)
     returns on the last stage the NLL [S, B] fp32 of `labels` (0 where the label is -100), or with labels=None this
-    rank's vocabulary shard of the logits [S, B, V / TP]; on other stages the hidden states.
+    rank's vocabulary shard of the logits [S, B, V / TP]; on other stages the hidden states. With top1=True the last
+    stage returns (NLL, whether the label is the first choice of the whole vocabulary [S, B] bool).
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class TokenWeightedGPT(GPTModel):
         self.layout = layout
         self.loss_chunk_tokens = loss_chunk_tokens
         self.loss_keep_logits_bytes = loss_keep_logits_bytes
+        self._top1 = False
         self.rotary_pos_emb = ShardedRotaryEmbedding(
             rotary_embedding(architecture).inv_freq, torch.device(torch.cuda.current_device())
         )
@@ -95,7 +97,16 @@ class TokenWeightedGPT(GPTModel):
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
-    def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **unused: Any) -> Tensor:
+    def forward(self, *args: Any, top1: bool = False, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
+        self._top1 = top1  # GPTModel.forward hands nothing of its callers' own to _postprocess
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self._top1 = False
+
+    def _postprocess(
+        self, hidden_states: Tensor, labels: Tensor | None = None, **unused: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
         if not self.post_process:
             return hidden_states
         if labels is None:
@@ -103,17 +114,21 @@ class TokenWeightedGPT(GPTModel):
                 hidden_states, weight=self.head_weight() if self.share_embeddings_and_output_weights else None
             )
             return logits
-        return linear_cross_entropy(
+        labels_SB = labels.transpose(0, 1).contiguous()
+        top1_SB = torch.empty_like(labels_SB, dtype=torch.bool) if self._top1 else None
+        nll_SB = linear_cross_entropy(
             hidden_states,
             self.head_weight(),
-            labels.transpose(0, 1).contiguous(),
+            labels_SB,
             bias=self.output_layer.bias,
             tp_group=self.layout.tp_group if self.layout.tp_size > 1 else None,
             sequence_parallel=self.config.sequence_parallel,
             vocab_size=self.architecture.vocab_size,
             chunk_tokens=self.loss_chunk_tokens,
             keep_logits_bytes=self.loss_keep_logits_bytes,
+            top1=top1_SB,
         )
+        return nll_SB if top1_SB is None else (nll_SB, top1_SB)
 
 
 def layer_spec(
