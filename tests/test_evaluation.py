@@ -57,10 +57,11 @@ SHORT = [[1.0, 2.0, 5.5, 4.0], [5.0, 6.0, 9.0, 10.5]]  # gains: 2.5, exactly 2 (
 
 def test_a_result_comes_back_from_disk(tmp_path: Path) -> None:
     saved = result(LONG, SHORT, valid=[[1, 1, 1, 0], [1, 1, 1, 1]], rows=[4, 9])
+    saved = replace(saved, top1=np.asarray([[1, 0, 0, 1], [0, 1, 0, 0]], bool))
     saved.save(tmp_path / "a")
     loaded = EvaluationResult.load(tmp_path / "a")
     assert loaded.header == saved.header
-    for name in ("row_index", "long_nll", "short_nll", "valid"):
+    for name in ("row_index", "long_nll", "short_nll", "valid", "top1"):
         np.testing.assert_array_equal(getattr(loaded, name), getattr(saved, name))
         assert getattr(loaded, name).dtype == getattr(saved, name).dtype
 
@@ -77,7 +78,9 @@ def test_a_result_comes_back_from_disk(tmp_path: Path) -> None:
 
 def test_a_result_without_short_nll_comes_back(tmp_path: Path) -> None:
     result(LONG).save(tmp_path / "a")
-    assert EvaluationResult.load(tmp_path / "a").short_nll is None
+    loaded = EvaluationResult.load(tmp_path / "a")
+    assert loaded.short_nll is None
+    assert loaded.top1 is None
 
 
 def test_saving_refuses_a_filled_folder_and_nan(tmp_path: Path) -> None:

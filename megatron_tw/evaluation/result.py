@@ -1,7 +1,8 @@
 """The NLLs of one model on the held-out rows, on disk.
 
     DIR/evaluation.json   versioned header: what was evaluated, and the figures most people want
-    DIR/nll.npz           row_index [R] int64, long_nll [R, T] fp32, valid [R, T] bool, and short_nll [R, T] fp32
+    DIR/nll.npz           row_index [R] int64, long_nll [R, T] fp32, valid [R, T] bool, and optional:
+                          short_nll [R, T] fp32, top1 [R, T] bool
 
 Every other figure (key tokens, LongPPL, comparisons) is made from these, so that models can be compared later, on any
 fixed set of targets.
@@ -33,6 +34,7 @@ ARRAYS = {
     "long_nll": ("RT", np.float32),
     "short_nll": ("RT", np.float32),  # optional
     "valid": ("RT", np.bool_),
+    "top1": ("RT", np.bool_),  # optional
 }
 """Of nll.npz, and the attributes of EvaluationResult: axes and dtype."""
 
@@ -82,6 +84,8 @@ class EvaluationResult:
     """[R, T]: by the same model, with `short_window` tokens at most; equal to the long NLL within the first window."""
     valid: npt.NDArray[np.bool_]
     """[R, T]: targets that count. NLLs elsewhere mean nothing."""
+    top1: npt.NDArray[np.bool_] | None = None
+    """[R, T]: the target is the model's first choice after the whole row before it; None: written before this was."""
 
     def __post_init__(self) -> None:
         problem = _problem(self.header, self._arrays())
@@ -157,6 +161,7 @@ class EvaluationResult:
             long_nll=arrays["long_nll"],
             short_nll=arrays.get("short_nll"),
             valid=arrays["valid"],
+            top1=arrays.get("top1"),
         )
 
 
@@ -181,7 +186,7 @@ def _problem(header: EvaluationHeader, arrays: Mapping[str, npt.NDArray[Any] | N
         if name == "short_nll" and (array is None) != (header.short_window is None):
             return f"short_nll is {'missing' if array is None else 'there'}, short_window is {header.short_window}"
         if array is None:
-            if name != "short_nll":
+            if name not in ("short_nll", "top1"):
                 return f"{name} is missing"
         elif array.shape != shapes[axes] or array.dtype != dtype:
             return f"{name}: expected {dtype.__name__} {list(shapes[axes])}, got {array.dtype} {list(array.shape)}"

@@ -5,7 +5,7 @@ as in training.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from megatron_tw.data.rows import TokenRows
 from megatron_tw.evaluation.compare import check_same_rows
 from megatron_tw.evaluation.key_tokens import choose_key_tokens
 from megatron_tw.evaluation.result import EvaluationHeader, EvaluationResult
-from megatron_tw.model.forward import ShortWindowForward, long_nll
+from megatron_tw.model.forward import ShortWindowForward, long_nll, long_nll_and_top1
 from megatron_tw.parallel.contact import now_at
 from megatron_tw.parallel.devices import Device
 from megatron_tw.parallel.layout import Layout
@@ -90,11 +90,13 @@ def evaluate(config: EvaluationConfig) -> EvaluationResult | None:
         device,
         micro_batch_size=options.micro_batch_size,
         short_forward=short_forward,
+        top1=True,
         what="evaluating",
     )
     if nlls is None or layout.tp_rank or layout.cp_rank or layout.dp_rank:
         return None
-    long_all, short_all = nlls
+    long_all, short_all, top1_all = nlls.long, nlls.short, nlls.top1
+    assert top1_all is not None
     if short_all is not None and windows is not None:
         short_all = unfrozen_short_nll(long_all, short_all, windows.tokens)
     return EvaluationResult(
@@ -103,7 +105,18 @@ def evaluate(config: EvaluationConfig) -> EvaluationResult | None:
         long_nll=long_all.numpy(),
         short_nll=None if short_all is None else short_all.numpy(),
         valid=np.ones((num_rows, options.seq_length - 1), dtype=bool),
+        top1=top1_all.numpy(),
     )
+
+
+@dataclass(frozen=True)
+class RowNlls:
+    """Of R rows with T targets each, on the CPU: NLLs [R, T] fp32 with the whole context, and in short windows, and
+    [R, T] bool, whether the target is the model's first choice. None: not asked for."""
+
+    long: Tensor
+    short: Tensor | None
+    top1: Tensor | None
 
 
 def nll_of_rows(
@@ -115,34 +128,47 @@ def nll_of_rows(
     *,
     micro_batch_size: int,
     short_forward: ShortWindowForward | None = None,
+    top1: bool = False,
     what: str,
     keep_bar: bool = True,
-) -> tuple[Tensor, Tensor | None] | None:
-    """Long NLL [R, T] and, with `short_forward`, short NLL [R, T] of the first `num_rows` rows, fp32 on the CPU; on
-    all ranks of the last pipeline stage, None on the others. Collective over the world. what, keep_bar: see `Progress`,
-    which counts the passes."""
+) -> RowNlls | None:
+    """Of the first `num_rows` rows the long NLL and what else is asked for, by `short_forward` and `top1`; on all ranks
+    of the last pipeline stage, None on the others. Collective over the world. what, keep_bar: see `Progress`, which
+    counts the passes."""
     rows_per_pass = micro_batch_size * layout.pp_size  # as many as the pipeline wants at a time
     passes = range(0, -(-num_rows // layout.dp_size), rows_per_pass)
-    parts: list[list[Tensor]] = []
+    parts: dict[str, list[Tensor]] = {"long": [], "short": [], "top1": []}
     with Progress(what, len(passes), "passes", show=layout.reports, keep=keep_bar) as progress:
         for first in passes:
             now_at(f"{what}, row {first * layout.dp_size}")
             # Rows past the end stand in for nothing and are dropped below.
             mine = [min((first + i) * layout.dp_size + layout.dp_rank, num_rows - 1) for i in range(rows_per_pass)]
             tokens_RN = torch.from_numpy(np.stack([rows[row] for row in mine])).to(device.device)
-            long_RT = long_nll(model, tokens_RN, layout, micro_batch_size=micro_batch_size)
-            short_RT = short_forward.short_nll(model, tokens_RN) if short_forward is not None else None
-            if long_RT is not None:
-                parts.append([long_RT] if short_RT is None else [long_RT, short_RT])
+            made: dict[str, Tensor | None] = {}
+            if top1:
+                both = long_nll_and_top1(model, tokens_RN, layout, micro_batch_size=micro_batch_size)
+                made["long"], made["top1"] = (None, None) if both is None else both
+            else:
+                made["long"] = long_nll(model, tokens_RN, layout, micro_batch_size=micro_batch_size)
+            if short_forward is not None:
+                made["short"] = short_forward.short_nll(model, tokens_RN)
+            for name, part_RT in made.items():
+                if part_RT is not None:
+                    parts[name].append(part_RT)
             progress.update()
     if not layout.is_last_stage:
         return None
-    nlls = [_in_row_order(torch.cat(nll), num_rows, layout) for nll in zip(*parts, strict=True)]
-    return nlls[0], nlls[1] if short_forward is not None else None
+    whole = {name: _in_row_order(torch.cat(part), num_rows, layout) for name, part in parts.items() if part}
+    return RowNlls(whole["long"], whole.get("short"), whole.get("top1"))
 
 
-def _in_row_order(nll_RT: Tensor, num_rows: int, layout: Layout) -> Tensor:
+def _in_row_order(part_RT: Tensor, num_rows: int, layout: Layout) -> Tensor:
     """Rows 0 .. num_rows - 1 from what every data-parallel replica went through: replica d has rows d, d + dp, ..."""
-    shards = [torch.empty_like(nll_RT) for _ in range(layout.dp_size)]
-    dist.all_gather(shards, nll_RT.contiguous(), group=layout.dp_group)
-    return torch.stack(shards, dim=1).flatten(0, 1)[:num_rows].float().cpu()
+    own_RT = part_RT.to(torch.uint8) if part_RT.dtype == torch.bool else part_RT.float()
+    shards = [torch.empty_like(own_RT) for _ in range(layout.dp_size)]
+    dist.all_gather(shards, own_RT.contiguous(), group=layout.dp_group)
+    return (
+        torch.stack(shards, dim=1)
+        .flatten(0, 1)[:num_rows]
+        .to("cpu", torch.bool if part_RT.dtype == torch.bool else torch.float32)
+    )

@@ -70,7 +70,7 @@ class Validation:
         )
         means = torch.full((len(self.edges),), torch.nan, dtype=torch.float64, device=self.device.device)
         if nlls is not None:
-            nll_RT = nlls[0].numpy()
+            nll_RT = nlls.long.numpy()
             mask_RT = np.ones_like(nll_RT, dtype=bool)
             buckets = nll_by_position(nll_RT, mask_RT, self.edges)
             means = means.new_tensor([mean_nll(nll_RT, mask_RT), *(bucket.nll for bucket in buckets)])
