@@ -6,17 +6,38 @@ from megatron_tw.config.checks import check_compute, check_model, check_own_wind
 from megatron_tw.config.options import flag
 from megatron_tw.config.schema import ComputeConfig, ModelConfig, ParallelConfig, WindowsConfig
 
+RULER_TASKS = (
+    *("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
+    *("niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2"),
+)
+SUITES: dict[str, tuple[str, ...]] = {
+    "loss": (),
+    "longppl": (),
+    "ruler": RULER_TASKS,
+    "mmlu": (),
+    "bbh": (),
+    "longbench": (),
+    "longbench2": (),
+}
+"""What --tasks takes: a suite's name, for all of it, or that of one of its tasks."""
+ROW_SUITES = ("loss", "longppl")
+"""Those that read the rows of --data-path."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """Evaluation: which model, on which rows, and where the result goes."""
+    """Evaluation: which model, by what, and where the result goes."""
 
-    data_path: str
-    """Folder of held-out rows that tools/preprocess_data.py wrote."""
-    seq_length: int
-    """Tokens of a row."""
+    tasks: tuple[str, ...] = ("loss",)
+    """What is measured: loss (every target's NLL on held-out rows), longppl (LongPPL on them), ruler or some of its 13
+    tasks by name, mmlu, bbh, longbench, longbench2."""
+    data_path: str | None = None
+    """Folder of held-out rows that tools/preprocess_data.py wrote (loss and longppl need it)."""
+    seq_length: int | None = None
+    """Tokens of a row (loss and longppl need it); for other tasks the longest input (null: the model's length)."""
     output: str
-    """New folder for the result: every target's NLL, and a summary."""
+    """New folder for the result: what was asked for, each in its own files, and results.json and results.csv. An
+    evaluation that was cut off goes on where it stopped."""
     load: str | None = None
     """Folder of a run, whose newest checkpoint is evaluated, or of one checkpoint (null: the model of --load-hf)."""
     verify_checkpoint: bool = True
@@ -31,6 +52,15 @@ class EvaluationOptions:
     key_tokens: str | None = None
     """Earlier evaluation, with short windows, whose key tokens this model's NLL is reported on (null: this model's
     own)."""
+
+    def by_suite(self) -> dict[str, tuple[str, ...]]:
+        """The tasks asked for, of each suite that is asked for, in the order of SUITES."""
+        found = {}
+        for suite, own in SUITES.items():
+            asked = own if suite in self.tasks else tuple(name for name in own if name in self.tasks)
+            if suite in self.tasks or asked:
+                found[suite] = asked
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +82,33 @@ def check_evaluation(config: EvaluationConfig, world_size: int) -> None:
         ValueError: names the option.
     """
     options = config.evaluation
+    check_tasks(options)
     check_parallel(config.parallel, world_size)
     check_model(config.model)
     check_compute(config.compute, config.parallel)
-    check_seq_length(config.parallel, options.seq_length)
-    check_own_windows(config.windows, options.seq_length)
+    if options.seq_length is not None:
+        check_seq_length(config.parallel, options.seq_length)
+        check_own_windows(config.windows, options.seq_length)
     for name, value in (("eval_rows", options.eval_rows), ("micro_batch_size", options.micro_batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"{flag(name)}: expected 1 or more, got {value}")
+
+
+def check_tasks(options: EvaluationOptions) -> None:
+    """That every task is known, and has the options that it needs.
+
+    Raises:
+        ValueError: names the option; of an unknown task, lists the known ones.
+    """
+    known = [*SUITES, *(name for own in SUITES.values() for name in own)]
+    for name in options.tasks:
+        if name not in known:
+            raise ValueError(f"--tasks: unknown task {name}; known are {', '.join(known)}")
+    if not options.tasks:
+        raise ValueError(f"--tasks: expected some of {', '.join(known)}, got none")
+    for suite in ROW_SUITES:
+        for name, value in (("seq_length", options.seq_length), ("data_path", options.data_path)):
+            if suite in options.tasks and value is None:
+                raise ValueError(f"missing {flag(name)}: --tasks {suite} reads rows")
+    if "loss" not in options.tasks and options.key_tokens is not None:
+        raise ValueError(f"--key-tokens {options.key_tokens}: expected --tasks loss with it")

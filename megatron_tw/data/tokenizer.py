@@ -164,6 +164,15 @@ class SentencePieceTokenizer:
         }
 
 
+def fingerprint_of(folder: Path) -> str | None:
+    """The fingerprint that the tokenizer in a folder would have, without opening it; None where there is none."""
+    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+        return hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()
+    if not any((folder / file).is_file() for file in ("tokenizer.json", *VOCABULARY_FILES)):
+        return None
+    return _folder_fingerprint(folder)
+
+
 def _id_or_none(token_id: int) -> int | None:
     return token_id if token_id >= 0 else None  # sentencepiece says -1 for "has none"
 

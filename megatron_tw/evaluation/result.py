@@ -100,6 +100,15 @@ class EvaluationResult:
         Raises:
             ValueError: the folder holds something already, or an NLL of a valid target is NaN or infinite.
         """
+        with new_folder(Path(folder)) as temporary:
+            self.write(temporary)
+
+    def write(self, folder: Path) -> None:
+        """Write the result's files into an existing folder.
+
+        Raises:
+            ValueError: an NLL of a valid target is NaN or infinite.
+        """
         for name, nll_RT in (("long NLL", self.long_nll), ("short NLL", self.short_nll)):
             if nll_RT is not None and not np.isfinite(nll_RT[self.valid]).all():
                 row, target = np.argwhere(~np.isfinite(nll_RT) & self.valid)[0]
@@ -108,11 +117,10 @@ class EvaluationResult:
                     f"{nll_RT[row, target]}; nothing was written"
                 )
         arrays = {name: array for name, array in self._arrays().items() if array is not None}
-        with new_folder(Path(folder)) as temporary:
-            np.savez_compressed(temporary / NLL_FILE, allow_pickle=False, **arrays)
-            digest = hashlib.sha256((temporary / NLL_FILE).read_bytes()).hexdigest()
-            header = header_json(FORMAT, FORMAT_VERSION, replace(self.header, nll=digest), **self.figures())
-            (temporary / HEADER_FILE).write_text(header, encoding="utf-8")
+        np.savez_compressed(folder / NLL_FILE, allow_pickle=False, **arrays)
+        digest = hashlib.sha256((folder / NLL_FILE).read_bytes()).hexdigest()
+        header = header_json(FORMAT, FORMAT_VERSION, replace(self.header, nll=digest), **self.figures())
+        (folder / HEADER_FILE).write_text(header, encoding="utf-8")
 
     def figures(self) -> dict[str, object]:
         """What evaluation.json says besides the header: `FIGURES`."""

@@ -6,56 +6,45 @@ as in training.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tw.config.evaluation import EvaluationConfig, check_evaluation
-from megatron_tw.data.files import check_new_folder
 from megatron_tw.data.progress import Progress
 from megatron_tw.data.rows import TokenRows
 from megatron_tw.evaluation.compare import check_same_rows
 from megatron_tw.evaluation.key_tokens import choose_key_tokens
+from megatron_tw.evaluation.position import mean_nll, nll_by_position, position_edges
 from megatron_tw.evaluation.result import EvaluationHeader, EvaluationResult
+from megatron_tw.evaluation.results import Record
+from megatron_tw.evaluation.tasks import Found, Model, Run, Setting
 from megatron_tw.model.forward import ShortWindowForward, long_nll, long_nll_and_top1
 from megatron_tw.parallel.contact import now_at
 from megatron_tw.parallel.devices import Device
 from megatron_tw.parallel.layout import Layout
-from megatron_tw.runtime.opening import check_attention, join_world, open_model, open_rows
-from megatron_tw.runtime.source import open_source, row_bos_id
+from megatron_tw.runtime.opening import check_attention, open_rows
+from megatron_tw.runtime.source import row_bos_id
 from megatron_tw.weighting import unfrozen_short_nll
 
 
-def evaluate(config: EvaluationConfig) -> EvaluationResult | None:
-    """The NLLs of the model on the held-out rows; on the writing rank (the last pipeline stage's first), None on the
-    others.
-
-    Called on every rank of the launcher's world.
-
-    Raises:
-        ValueError: an option or file that does not fit, before anything is allocated.
-    """
-    device = join_world(config.parallel)
-    check_evaluation(config, dist.get_world_size())
+def prepare_loss(setting: Setting, names: Sequence[str]) -> Run:
+    """The suite loss: the NLLs of the model on the held-out rows. See `tasks`."""
+    config, source = setting.config, setting.source
     options = config.evaluation
-    check_new_folder(Path(options.output))
-    source = open_source(
-        config.model, load=options.load, seq_length=options.seq_length, verify=options.verify_checkpoint
-    )
-    if options.load is not None and source.saved is None:
-        raise ValueError(f"--load {options.load}: holds no checkpoint")
-    rows = open_rows("--data-path", options.data_path, source, options.seq_length)
-    check_attention(config.compute, source, device, options.seq_length)
+    assert options.data_path is not None
+    assert options.seq_length is not None
+    seq_length = options.seq_length
+    rows = open_rows("--data-path", options.data_path, source, seq_length)
+    check_attention(config.compute, source, setting.device, seq_length)
     bos_id = row_bos_id(options.bos_id, rows, source.architecture)
     num_rows = len(rows) if options.eval_rows is None else min(options.eval_rows, len(rows))
-    windows = config.windows.of_rows(options.seq_length)
+    windows = config.windows.of_rows(seq_length)
     header = EvaluationHeader(
         model=source.name,
         layout="",
-        seq_length=options.seq_length,
+        seq_length=seq_length,
         short_window=windows.tokens if windows is not None else None,
         short_stride=windows.stride if windows is not None else None,
         rotary_base=source.architecture.rotary_base,
@@ -68,44 +57,61 @@ def evaluate(config: EvaluationConfig) -> EvaluationResult | None:
         check_same_rows(
             "the rows of --data-path", header, num_rows, f"--key-tokens {key_tokens.name}", key_tokens.source
         )
-    layout, chunks = open_model(source, config.parallel, config.compute, device)
 
-    short_forward = None
-    if windows is not None:
-        short_forward = ShortWindowForward.create(
-            options.seq_length,
-            windows.tokens,
-            windows.stride,
-            include_first=False,
-            bos_id=bos_id,
-            layout=layout,
-            sequence_parallel=config.parallel.uses_sequence_parallel,
-            scoring_micro_batch=windows.micro_batch,
+    def run(model: Model) -> Found:
+        layout, short_forward = model.layout, None
+        if windows is not None:
+            short_forward = ShortWindowForward.create(
+                seq_length,
+                windows.tokens,
+                windows.stride,
+                include_first=False,
+                bos_id=bos_id,
+                layout=layout,
+                sequence_parallel=config.parallel.uses_sequence_parallel,
+                scoring_micro_batch=windows.micro_batch,
+            )
+        nlls = nll_of_rows(
+            model.chunks,
+            rows,
+            num_rows,
+            layout,
+            model.device,
+            micro_batch_size=options.micro_batch_size,
+            short_forward=short_forward,
+            top1=True,
+            what="evaluating",
         )
-    nlls = nll_of_rows(
-        chunks,
-        rows,
-        num_rows,
-        layout,
-        device,
-        micro_batch_size=options.micro_batch_size,
-        short_forward=short_forward,
-        top1=True,
-        what="evaluating",
-    )
-    if nlls is None or layout.tp_rank or layout.cp_rank or layout.dp_rank:
-        return None
-    long_all, short_all, top1_all = nlls.long, nlls.short, nlls.top1
-    assert top1_all is not None
-    if short_all is not None and windows is not None:
-        short_all = unfrozen_short_nll(long_all, short_all, windows.tokens)
-    return EvaluationResult(
-        header=replace(header, layout=layout.describe()),
-        row_index=np.arange(num_rows),
-        long_nll=long_all.numpy(),
-        short_nll=None if short_all is None else short_all.numpy(),
-        valid=np.ones((num_rows, options.seq_length - 1), dtype=bool),
-        top1=top1_all.numpy(),
+        if nlls is None or not model.writes:
+            return Found()
+        long_all, short_all, top1_all = nlls.long, nlls.short, nlls.top1
+        assert top1_all is not None
+        if short_all is not None and windows is not None:
+            short_all = unfrozen_short_nll(long_all, short_all, windows.tokens)
+        result = EvaluationResult(
+            header=replace(header, layout=layout.describe()),
+            row_index=np.arange(num_rows),
+            long_nll=long_all.numpy(),
+            short_nll=None if short_all is None else short_all.numpy(),
+            valid=np.ones((num_rows, seq_length - 1), dtype=bool),
+            top1=top1_all.numpy(),
+        )
+        return Found(records=loss_records(result), nlls=result)
+
+    return run
+
+
+def loss_records(result: EvaluationResult) -> tuple[Record, ...]:
+    """The mean NLL of all targets, and of each bucket of positions."""
+    header = result.header
+    edges = position_edges(header.seq_length, old_context=header.known_context)
+    buckets = nll_by_position(result.long_nll, result.valid, edges)
+    whole = mean_nll(result.long_nll, result.valid)
+    figures = [("all", whole, int(result.valid.sum()))]
+    figures += [(f"positions {bucket.first} to {bucket.last}", bucket.nll, bucket.targets) for bucket in buckets]
+    return tuple(
+        Record(suite="loss", task=task, length=header.seq_length, metric="nll", value=value, samples=targets)
+        for task, value, targets in figures
     )
 
 

@@ -1,0 +1,87 @@
+"""One evaluation from options to a folder: every suite checks what it can, then the model is loaded once for all."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_tw.config import flat_options
+from megatron_tw.config.evaluation import EvaluationConfig, check_evaluation
+from megatron_tw.data.files import check_new_folder, new_folder
+from megatron_tw.data.tokenizer import fingerprint_of
+from megatron_tw.evaluation.results import Results, as_lines
+from megatron_tw.evaluation.summary import summarize
+from megatron_tw.evaluation.tasks import Found, Model, Setting, prepare
+from megatron_tw.runtime.opening import join_world, open_model
+from megatron_tw.runtime.source import open_source
+
+NO_SETTINGS = ("output", "load", "load_hf", "verify_checkpoint", "distributed_timeout_minutes")
+"""Options on which no figure depends, or that the results name already."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that was found, on the writing rank."""
+
+    config: EvaluationConfig
+    results: Results
+    found: tuple[Found, ...]
+
+    def save(self, folder: str | Path) -> None:
+        """Write it into a new or empty folder, which appears complete or not at all.
+
+        Raises:
+            ValueError: the folder holds something already, or a figure is NaN or infinite.
+        """
+        with new_folder(Path(folder)) as temporary:
+            for found in self.found:
+                if found.nlls is not None:
+                    found.nlls.write(temporary)
+                for name, content in found.files.items():
+                    (temporary / name).write_bytes(content)
+            self.results.write(temporary)
+
+    def summary(self) -> str:
+        """For people."""
+        options, lines = self.config.evaluation, []
+        name = Path(options.output).name
+        for found in self.found:
+            if found.nlls is not None:
+                lines.append(summarize(found.nlls, name, options.key_tokens))
+            else:
+                lines += [f"{name}:", *as_lines(found.records)]
+        return "\n".join(lines)
+
+
+def evaluate(config: EvaluationConfig) -> Evaluation | None:
+    """What --tasks asks for; on the writing rank (the last pipeline stage's first), None on the others.
+
+    Called on every rank of the launcher's world.
+
+    Raises:
+        ValueError: an option or file that does not fit, before anything is allocated.
+    """
+    device = join_world(config.parallel)
+    check_evaluation(config, dist.get_world_size())
+    options = config.evaluation
+    check_new_folder(Path(options.output))
+    source = open_source(
+        config.model, load=options.load, seq_length=options.seq_length, verify=options.verify_checkpoint
+    )
+    if options.load is not None and source.saved is None:
+        raise ValueError(f"--load {options.load}: holds no checkpoint")
+    setting = Setting(config, source, device)
+    runs = [prepare(suite, setting, names) for suite, names in options.by_suite().items()]
+    layout, chunks = open_model(source, config.parallel, config.compute, device)
+    model = Model(config, source, layout, chunks, device)
+    found = tuple(run(model) for run in runs)
+    if not model.writes:
+        return None
+    results = Results(
+        model=source.name,
+        layout=layout.describe(),
+        tokenizer_fingerprint=fingerprint_of(source.tokenizer_dir) if source.tokenizer_dir is not None else None,
+        settings={name: value for name, value in flat_options(config).items() if name not in NO_SETTINGS},
+        records=tuple(record for part in found for record in part.records),
+    )
+    return Evaluation(config, results, found)

@@ -1,0 +1,105 @@
+"""What tools/evaluate.py can measure: one function a suite of tasks, and what they are given.
+
+A suite's function is called before the model is loaded, with the options and the model's headers. It checks all that
+can be checked, opens its files, and returns what is to be done with the loaded model:
+
+    prepare(setting, names) -> run        names: the suite's tasks that were asked for
+    run(model) -> Found                   on every rank; what it found, on the writing rank; elsewhere anything
+
+To add one: a name in config/evaluation.py (SUITES), a line in `_suites`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_tw.config.evaluation import EvaluationConfig
+from megatron_tw.evaluation.result import EvaluationResult
+from megatron_tw.evaluation.results import Record
+from megatron_tw.model.gpt import TokenWeightedGPT
+from megatron_tw.parallel.devices import Device
+from megatron_tw.parallel.layout import Layout
+from megatron_tw.runtime.source import ModelSource
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known before the model is loaded: nothing of it holds a GPU's memory or a process group of the layout."""
+
+    config: EvaluationConfig
+    source: ModelSource
+    """Architecture, and where the weights and the tokenizer are."""
+    device: Device
+
+    @property
+    def longest_input(self) -> int:
+        """Tokens that the model may be given: --seq-length, else what the model was made or last trained for."""
+        return self.config.evaluation.seq_length or model_length(self.source)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The loaded model on this rank."""
+
+    config: EvaluationConfig
+    source: ModelSource
+    layout: Layout
+    chunks: Sequence[TokenWeightedGPT]
+    device: Device
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank holds the results in the end: the last pipeline stage's first."""
+        layout = self.layout
+        return layout.is_last_stage and not (layout.tp_rank or layout.cp_rank or layout.dp_rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a suite found."""
+
+    records: tuple[Record, ...] = ()
+    """Its lines of results.json."""
+    nlls: EvaluationResult | None = None
+    """Of the loss suite: becomes evaluation.json and nll.npz."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Further files of the evaluation's folder, by name."""
+    summary: str | None = None
+    """For people; None: the records as lines."""
+
+
+Run = Callable[[Model], Found]
+Prepare = Callable[[Setting, Sequence[str]], Run]
+
+
+def model_length(source: ModelSource) -> int:
+    """Tokens of the context that the model was last trained for, or that its config.json names."""
+    if source.checkpoint is not None:
+        return max(source.checkpoint.state.seq_length, source.architecture.max_position_embeddings)
+    return source.architecture.max_position_embeddings
+
+
+def prepare(suite: str, setting: Setting, names: Sequence[str]) -> Run:
+    """See above.
+
+    Raises:
+        ValueError: an option or file that does not fit.
+    """
+    return _suites()[suite](setting, names)
+
+
+def _suites() -> dict[str, Prepare]:
+    from megatron_tw.evaluation.run import prepare_loss
+
+    return {"loss": prepare_loss}
+
+
+def tokenizer_folder(source: ModelSource, suite: str) -> Path:
+    """The folder of the model's tokenizer, for a suite that makes prompts.
+
+    Raises:
+        ValueError: nobody kept it.
+    """
+    if source.tokenizer_dir is None:
+        raise ValueError(f"--tasks {suite}: {source.name} holds no tokenizer, and the prompts need one")
+    return source.tokenizer_dir
