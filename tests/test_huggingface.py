@@ -26,10 +26,34 @@ from huggingface_runs import (
     train_on_rank,
     whole_rows,
 )
-from tiny import BOS, STRIDE, TINY_LLAMA, WINDOW, reference_rows
+from tiny import (
+    BOS,
+    SEQ_LENGTH,
+    STRIDE,
+    TINY_LLAMA,
+    WINDOW,
+    Axes,
+    layout_of,
+    prepare_ready_rows,
+    reference_rows,
+    release,
+)
 from torch.distributed.tensor import DTensor
 
+from megatron_tw.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizationConfig,
+    RunConfig,
+    TrainConfig,
+    WeightingOptions,
+    WindowsConfig,
+)
+from megatron_tw.data.loader import Batch
 from megatron_tw.integrations.huggingface import TokenWeightingConfig, TokenWeightingTrainer
+from megatron_tw.parallel.devices import prepare_device
+from megatron_tw.training.inputs import open_inputs
+from megatron_tw.training.loop import Run
 
 METRICS = {
     "loss": "weighted_loss",
@@ -177,6 +201,63 @@ def test_uneven_masks_and_lengths(model, processes, batch, accumulation, ranks, 
         by_rank = ranks(2).run(train_on_rank, uneven_examples(), DENSE, tmp_path, **options)
     for logs in by_rank:
         assert {name: logs[name][0] for name in expected_step} == pytest.approx(expected_step, rel=1e-5)
+
+
+def masked_rows() -> Examples:
+    """Three steps of four rows, of whose targets this process leaves out another part each time."""
+    rng = np.random.default_rng(0)
+    examples = []
+    for row in range(12):
+        ids = torch.from_numpy(reference_rows())[row % 4]
+        labels = ids.clone()
+        first = int(rng.integers(1, SEQ_LENGTH - 1))
+        labels[first : first + int(rng.integers(0, SEQ_LENGTH))] = -100
+        examples.append({"input_ids": ids, "labels": labels})
+    return Examples(examples)
+
+
+def our_steps_on_rank(data: Examples, rows: Path, steps: int) -> list[dict[str, float]]:
+    """On one of two ranks: the project's own training step on the rows that the Trainer gives this rank, two
+    micro-batches of one row a step."""
+    config = RunConfig(
+        parallel=Axes(dp=2).parallel(),
+        model=ModelConfig(load_hf=str(TINY_LLAMA)),
+        data=DataConfig(data_path=str(rows), seq_length=SEQ_LENGTH),
+        train=TrainConfig(train_iters=steps, global_batch_size=4),
+        weighting=WeightingOptions(weighting="dense", interpolation=0.75),
+        windows=WindowsConfig(short_window=WINDOW, short_stride=STRIDE),
+        optimizer=OptimizationConfig(
+            lr=1e-3, lr_decay_style="constant", weight_decay=0.01, adam_beta1=0.9, adam_beta2=0.95, clip_grad=1.0
+        ),
+    )
+    metrics = []
+    with layout_of(Axes(dp=2)) as layout:
+        run = Run.start(config, open_inputs(config), layout, prepare_device())
+        for step in range(steps):
+            mine = [4 * step + 2 * micro_batch + layout.dp_rank for micro_batch in range(2)]
+            chosen = [data[row] for row in mine]
+            batches = [
+                Batch(
+                    tokens=example["input_ids"][None],
+                    row_index=torch.tensor([row]),
+                    valid=(example["labels"] != -100)[None, 1:],
+                )
+                for row, example in zip(mine, chosen, strict=True)
+            ]
+            metrics.append(run.step(batches, step))
+        release(run.step.model)
+    return metrics
+
+
+def test_ddp_with_accumulation_and_uneven_masks_is_our_trainer(ranks, tmp_path):
+    """Both on two ranks with two micro-batches a step, on the same rows."""
+    data, steps = masked_rows(), 3
+    rows = prepare_ready_rows(reference_rows(), tmp_path / "rows")
+    (ours, _) = ranks(2).run(our_steps_on_rank, data, rows, steps)
+    for logs in ranks(2).run(train_on_rank, data, DENSE, tmp_path / "hf", gradient_accumulation_steps=2):
+        for theirs, name in (("loss", "weighted_loss"), ("lm_loss", "lm_loss"), ("grad_norm", "grad_norm")):
+            expected = [metrics[name] for metrics in ours]
+            np.testing.assert_allclose(logs[theirs], expected, rtol=RELATIVE, err_msg=name)
 
 
 def test_uneven_masks_with_sparse_weights(tmp_path):
