@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Lint, types and tests: `bash tools/test.sh [--full | --core] [pytest options]`. Without a GPU too; --full adds the slow
 # tests, --core runs only those that ask for a version of Megatron-Core (trajectories, resume, what needs a newer one),
-# and no lint. PYTHON=/path/to/python3.12 tests on another interpreter, in an environment of its own.
+# and no lint. PYTHON=/path/to/python3.12 tests on another interpreter, in an environment of its own. Without pytest
+# options two processes share the tests: many of them keep only one core busy.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/setup_env.sh
@@ -23,4 +24,5 @@ if [ -n "$lint" ]; then
     echo "== ruff format" && ruff format --check .
     echo "== mypy" && mypy
 fi
+[ $# -gt 0 ] || set -- -n 2 --dist worksteal
 echo "== pytest" && exec python -m pytest --durations=15 "${selection[@]}" "$@"
