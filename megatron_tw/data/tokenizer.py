@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +35,9 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Token ids of the text; no special tokens are added."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens by their name; a character whose bytes are not all there becomes U+FFFD."""
 
     def save(self, directory: Path) -> None:
         """Copies the tokenizer's files into an existing directory, where `load_tokenizer` finds the same tokenizer."""
@@ -93,6 +97,9 @@ class HuggingFaceTokenizer:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
         return ids
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
     def save(self, directory: Path) -> None:
         for file in TOKENIZER_FILES:
             if (self.path / file).is_file():
@@ -122,6 +129,17 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._processor.encode(text)
         return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text = ""
+        plain: list[int] = []
+        for token in ids:
+            if self._processor.is_control(token):  # the library drops them
+                text += str(self._processor.decode(plain)) + str(self._processor.id_to_piece(token))
+                plain = []
+            else:
+                plain.append(int(token))
+        return text + str(self._processor.decode(plain))
 
     def save(self, directory: Path) -> None:
         """Copies the model as tokenizer.model.
