@@ -5,7 +5,7 @@ standard error, so that noise is not taken for progress.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,11 +59,12 @@ class ModelRow:
 
     name: str
     all: Measure
-    within: Measure
-    """Targets with less than the old context before them."""
-    beyond: Measure
+    within: Measure | None
+    """Targets with less than the old context before them; None: no old context is known."""
+    beyond: Measure | None
     """Targets with at least the old context before them."""
-    key: Measure
+    key: Measure | None
+    """None: no key tokens were chosen."""
     long_ppl: float | None
     buckets: tuple[PositionBucket, ...]
     bucket_differences: tuple[Difference | None, ...]
@@ -77,8 +78,10 @@ class Comparison:
     reference: str
     base: str | None
     """The model before the extension, if it is among them."""
-    old_context: int
-    key: KeyTokens
+    old_context: int | None
+    """None: nothing says what it was."""
+    key: KeyTokens | None
+    """None: none were chosen."""
     rows: int
     targets: int
     seq_length: int
@@ -90,7 +93,7 @@ class Comparison:
 
 def compare(
     results: Mapping[str, EvaluationResult],
-    key: KeyTokens,
+    key: KeyTokens | None = None,
     *,
     old_context: int | None = None,
     reference: str | None = None,
@@ -100,9 +103,9 @@ def compare(
 
     Args:
         results: the evaluations by the models' names, in the order of the table.
-        key: one fixed set for all of them.
+        key: one fixed set for all of them; None: without.
         old_context: n, tokens of the context before the extension (None: the shortest that a model's evaluation
-            names and that is shorter than the rows, else the key tokens' short window).
+            names and that is shorter than the rows, else the short window of the key tokens or of an evaluation).
         reference: the model that the others are compared to (None: "uniform" if there is one, else the first).
         base: the model before the extension (None: "base" if there is one).
 
@@ -118,17 +121,16 @@ def compare(
     for option, name in (("--reference", reference), ("--base", base)):
         if name is not None and name not in results:
             raise ValueError(f"{option} {name}: expected one of {', '.join(results)}")
+    key_name, source = (reference, results[reference]) if key is None else (key.name, key.source)
     for name, result in results.items():
-        _check_same_targets(name, result, key.name, key.source)
-    seq_length = key.source.header.seq_length
+        _check_same_targets(name, result, key_name, source)
+    seq_length = source.header.seq_length
     if old_context is None:
-        assert key.source.header.short_window is not None  # it made the short NLL
-        named = [result.header.old_context for result in results.values() if result.header.old_context is not None]
-        old_context = min((n for n in named if 1 < n < seq_length), default=key.source.header.short_window)
-    if not 1 < old_context < seq_length:
+        old_context = _old_context([source, *results.values()])
+    elif not 1 < old_context < seq_length:
         raise ValueError(f"--old-context: expected 2 to {seq_length - 1} (below the rows' length), got {old_context}")
     models = tuple(
-        _measure(name, result, None if name == reference else results[reference], key.mask, old_context)
+        _measure(name, result, None if name == reference else results[reference], key, old_context)
         for name, result in results.items()
     )
     return Comparison(
@@ -137,10 +139,18 @@ def compare(
         base=base,
         old_context=old_context,
         key=key,
-        rows=len(key.source.row_index),
-        targets=int(key.source.valid.sum()),
+        rows=len(source.row_index),
+        targets=int(source.valid.sum()),
         seq_length=seq_length,
     )
+
+
+def _old_context(results: Sequence[EvaluationResult]) -> int | None:
+    """The shortest context that an evaluation names, else the first short window, of those shorter than the rows."""
+    headers = [result.header for result in results]
+    named = sorted(header.old_context for header in headers if header.old_context is not None)
+    windows = [header.short_window for header in headers if header.short_window is not None]
+    return next((n for n in (*named, *windows) if 1 < n < headers[0].seq_length), None)
 
 
 def paired_difference(
@@ -154,7 +164,11 @@ def paired_difference(
     section 6.4). Rows cut from one document resemble each other, so the true error is somewhat larger.
     """
     per_row_R = (nll_RT.astype(np.float64) - reference_nll_RT).sum(axis=1, where=mask_RT)
-    targets_R = mask_RT.sum(axis=1)
+    return ratio_difference(per_row_R, mask_RT.sum(axis=1))
+
+
+def ratio_difference(per_row_R: npt.NDArray[np.float64], targets_R: npt.NDArray[np.integer]) -> Difference | None:
+    """`paired_difference` from each row's sum of differences and number of targets (or answers, or examples)."""
     targets, rows = int(targets_R.sum()), int((targets_R > 0).sum())
     if not targets:
         return None
@@ -170,8 +184,8 @@ def _measure(
     name: str,
     result: EvaluationResult,
     reference: EvaluationResult | None,
-    key_RT: npt.NDArray[np.bool_],
-    old_context: int,
+    key: KeyTokens | None,
+    old_context: int | None,
 ) -> ModelRow:
     def difference(mask_RT: npt.NDArray[np.bool_]) -> Difference | None:
         if reference is None:
@@ -181,17 +195,17 @@ def _measure(
     def measure(mask_RT: npt.NDArray[np.bool_]) -> Measure:
         return Measure(nll=mean_nll(result.long_nll, mask_RT), difference=difference(mask_RT))
 
-    beyond_RT = beyond(result.valid, old_context)
+    beyond_RT = None if old_context is None else beyond(result.valid, old_context)
     edges = position_edges(result.header.seq_length, old_context=old_context)
     buckets = nll_by_position(result.long_nll, result.valid, edges)
     masks = (beyond(result.valid, bucket.first) & ~beyond(result.valid, bucket.last + 1) for bucket in buckets)
     return ModelRow(
         name=name,
         all=measure(result.valid),
-        within=measure(result.valid & ~beyond_RT),
-        beyond=measure(beyond_RT),
-        key=measure(key_RT),
-        long_ppl=long_ppl(result.long_nll, key_RT),
+        within=None if beyond_RT is None else measure(result.valid & ~beyond_RT),
+        beyond=None if beyond_RT is None else measure(beyond_RT),
+        key=None if key is None else measure(key.mask),
+        long_ppl=None if key is None else long_ppl(result.long_nll, key.mask),
         buckets=buckets,
         bucket_differences=tuple(difference(mask_RT) for mask_RT in masks),
     )

@@ -21,6 +21,7 @@ def summarize(result: EvaluationResult, name: str, key_tokens: str | None) -> st
         source = EvaluationResult.load(key_tokens) if key_tokens is not None else result
         key = choose_key_tokens(source, Path(key_tokens).name if key_tokens is not None else name)
         model = compare({name: result}, key).models[0]
+        assert model.key is not None
         nll = "not a single one" if model.key.nll is None else f"NLL {model.key.nll:.4f}"
         lines.append(f"  key tokens: {nll} ({key.describe()})")
     return "\n".join(lines)

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_tw.evaluation.compare import CLEAR, FEW_ROWS, Comparison, Measure, ModelRow
+from megatron_tw.evaluation.compare import CLEAR, FEW_ROWS, Comparison, Difference, Measure, ModelRow
 
 NO_KEY_TOKENS = "No target is a key token, so nothing can be said about long-range prediction."
+Best = Literal["lowest", "highest"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,39 +17,48 @@ class Table:
     title: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    kind: Literal["nll", "difference", "words"]
-    """What the cells are: of NLLs, the lowest of each column is the best."""
+    best: Best | None = None
+    """Which figure of each column is the best, if that can be said of all."""
+    words: bool = False
+    """Whether the cells are text rather than figures."""
+    last_is_summary: bool = False
+    """Whether the last row is made from those above."""
 
 
 def tables(comparison: Comparison) -> list[Table]:
     """NLL, difference to the reference, and NLL by position bucket."""
     n, key = comparison.old_context, comparison.key
-    sets = ("model", "all targets", f"within {n}", f"beyond {n}", f"key tokens ({key.count:,})")
+    sets = ["model", "all targets"]
+    sets += [] if n is None else [f"within {n:,}", f"beyond {n:,}"]
+    sets += [] if key is None else [f"key tokens ({key.count:,})"]
     others = [model for model in comparison.models if model.name != comparison.reference]
     buckets = comparison.models[0].buckets
     found = [
         Table(
             title="NLL (nats per target)",
-            head=(*sets, "LongPPL"),
+            head=(*sets, *([] if key is None else ["LongPPL"])),
             rows=tuple(
-                (model.name, *(_figure(measure.nll) for measure in _measures(model)), _figure(model.long_ppl, 2))
+                (
+                    model.name,
+                    *(figure(measure.nll) for measure in _measures(model)),
+                    *([] if key is None else [figure(model.long_ppl, 2)]),
+                )
                 for model in comparison.models
             ),
-            kind="nll",
+            best="lowest",
         ),
         Table(
             title="NLL by position of the target (tokens before it)",
-            head=("model", *(f"{bucket.first}-{bucket.last}" for bucket in buckets)),
-            rows=tuple((model.name, *(_figure(bucket.nll) for bucket in model.buckets)) for model in comparison.models),
-            kind="nll",
+            head=("model", *(f"{bucket.first:,}-{bucket.last:,}" for bucket in buckets)),
+            rows=tuple((model.name, *(figure(bucket.nll) for bucket in model.buckets)) for model in comparison.models),
+            best="lowest",
         ),
     ]
     if others:
         difference = Table(
             title=f"Difference to {comparison.reference} (± standard error over rows)",
-            head=sets,
+            head=tuple(sets),
             rows=tuple((model.name, *(str(m.difference or "-") for m in _measures(model))) for model in others),
-            kind="difference",
         )
         found.insert(1, difference)
     return found
@@ -56,18 +66,19 @@ def tables(comparison: Comparison) -> list[Table]:
 
 def notes(comparison: Comparison) -> list[str]:
     """What a reader must know to read the tables."""
+    n, key = comparison.old_context, comparison.key
+    parts = "" if n is None else f" Within and beyond: targets with less, and with at least, {n:,} tokens of context."
     found = [
         f"{comparison.rows:,} rows of {comparison.seq_length:,} tokens, {comparison.targets:,} targets, the same for "
-        f"every model. Within and beyond: targets with less, and with at least, {comparison.old_context:,} tokens of "
-        "context.",
-        f"Key tokens: {comparison.key.describe()}. One fixed set for every model.",
+        f"every model.{parts}",
+        *([] if key is None else [f"Key tokens: {key.describe()}. One fixed set for every model."]),
         f"Standard errors are over rows; a difference is called clear beyond {CLEAR:g} of them, in at "
         f"least {FEW_ROWS} rows. Each model is one "
         "training run: how much another seed would change is not in them.",
     ]
-    if comparison.key.count and comparison.key.name in {model.name for model in comparison.models}:
+    if key is not None and key.count and key.name in {model.name for model in comparison.models}:
         found.append(
-            f"{comparison.key.name} itself chose the key tokens, where its own prediction with the long context is "
+            f"{key.name} itself chose the key tokens, where its own prediction with the long context is "
             "good: their NLL favours it."
         )
     return found
@@ -76,15 +87,28 @@ def notes(comparison: Comparison) -> list[str]:
 def verdicts(comparison: Comparison) -> list[str]:
     """What came out: one sentence for each model that is not the reference, after one that concerns all."""
     reference = comparison.reference
-    found = [] if comparison.key.count else [NO_KEY_TOKENS]
+    found = [NO_KEY_TOKENS] if comparison.key is not None and not comparison.key.count else []
     for model in comparison.models:
         if model.name == reference:
             continue
-        sentence = f"{model.name} {_verdict(model.all, reference)} over all targets: NLL {model.all.difference}"
-        if model.key.difference is not None:
-            sentence += f"; it {_verdict(model.key, reference)} on the key tokens: NLL {model.key.difference}"
+        assert model.all.difference is not None
+        said = judged(model.all.difference, reference)
+        sentence = f"{model.name} {said} over all targets: NLL {model.all.difference}"
+        if model.key is not None and model.key.difference is not None:
+            said = judged(model.key.difference, reference)
+            sentence += f"; it {said} on the key tokens: NLL {model.key.difference}"
         found.append(f"{sentence}.")
     return found
+
+
+def judged(difference: Difference, reference: str, *, better: Literal["below", "above"] = "below") -> str:
+    """What may be said of a difference to the reference. better: the side of 0 that is."""
+    if difference.rows < FEW_ROWS:
+        return f"cannot be told from {reference} (only {difference.rows} rows)"
+    if not difference.is_clear:
+        return f"shows no clear difference to {reference}"
+    is_better = (difference.mean < 0) == (better == "below")
+    return f"is {'better' if is_better else 'worse'} than {reference}"
 
 
 def format_tables(comparison: Comparison) -> str:
@@ -109,17 +133,9 @@ def _align(cell: str, width: int, column: int) -> str:
 
 
 def _measures(model: ModelRow) -> Sequence[Measure]:
-    return (model.all, model.within, model.beyond, model.key)
+    return [measure for measure in (model.all, model.within, model.beyond, model.key) if measure is not None]
 
 
-def _verdict(measure: Measure, reference: str) -> str:
-    assert measure.difference is not None
-    if measure.difference.rows < FEW_ROWS:
-        return f"cannot be told from {reference} (only {measure.difference.rows} rows)"
-    if not measure.difference.is_clear:
-        return f"shows no clear difference to {reference}"
-    return f"is {'better' if measure.difference.mean < 0 else 'worse'} than {reference}"
-
-
-def _figure(value: float | None, decimals: int = 4) -> str:
+def figure(value: float | None, decimals: int = 4) -> str:
+    """A cell."""
     return "-" if value is None else f"{value:.{decimals}f}"

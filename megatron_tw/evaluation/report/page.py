@@ -1,0 +1,144 @@
+"""Sections to one HTML page that needs nothing else: figures, style and script are inline, and nothing is fetched."""
+
+import csv
+import io
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from megatron_tw.evaluation.report.inputs import Shown
+from megatron_tw.evaluation.report.sections import Section
+from megatron_tw.evaluation.report.verdict import WORDS, Verdict
+from megatron_tw.evaluation.table import Table
+
+FRAME = Path(__file__).with_name("page.html")
+
+
+def render_page(shown: Shown, verdicts: Sequence[Verdict], sections: Sequence[Section]) -> str:
+    """The page."""
+    body = [
+        f"<header><h1>{escape(shown.title)}</h1>",
+        f'<p class="subtitle">{escape(_subtitle(shown))}</p>',
+        f"<nav>{''.join(_link(section.name, section.title) for section in sections)}{_link('made', 'How it was made')}"
+        "</nav></header>",
+    ]
+    if verdicts:
+        body.append(f'<section id="verdict"><h2>What came out</h2>{"".join(map(_verdict, verdicts))}</section>')
+    body += [_section(section) for section in sections]
+    body.append(_made(shown))
+    frame = FRAME.read_text(encoding="utf-8")
+    return frame.replace("{{title}}", escape(shown.title)).replace("{{body}}", "\n".join(body))
+
+
+def tables_csv(sections: Sequence[Section]) -> str:
+    """Every table of the page, a line a cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("section", "table", "row", "column", "value"))
+    for section in sections:
+        for table in section.tables:
+            for row in table.rows:
+                writer.writerows(
+                    (section.name, table.title, row[0], column, cell)
+                    for column, cell in zip(table.head[1:], row[1:], strict=True)
+                )
+    return text.getvalue()
+
+
+def _subtitle(shown: Shown) -> str:
+    names = ", ".join(shown.evaluations.folders)
+    comparison = shown.comparison
+    if comparison is None:
+        return names
+    old = "" if comparison.old_context is None else f"; the old context is {comparison.old_context:,} tokens"
+    return (
+        f"{names}: compared on the same {comparison.targets:,} held-out targets, in rows of "
+        f"{comparison.seq_length:,} tokens{old}."
+    )
+
+
+def _link(name: str, title: str) -> str:
+    return f'<a href="#{escape(name)}">{escape(title)}</a>'
+
+
+def _verdict(verdict: Verdict) -> str:
+    word = WORDS[verdict.kind]
+    badge = f'<span class="badge">{word}</span> ' if word else ""
+    return f'<p class="verdict {verdict.kind}">{badge}{escape(verdict.text)}</p>'
+
+
+def _section(section: Section) -> str:
+    lead = f"<p>{escape(section.lead)}</p>" if section.lead else ""
+    drawings = "".join(f"<figure>{drawing.svg}</figure>" for drawing in section.drawings)
+    said = "".join(f"<li>{escape(note)}</li>" for note in section.notes if note)
+    return (
+        f'<section id="{section.name}"><h2>{escape(section.title)}</h2>{lead}'
+        + (f'<div class="figures">{drawings}</div>' if drawings else "")
+        + section.html
+        + "".join(map(html_table, section.tables))
+        + (f'<ul class="notes">{said}</ul>' if said else "")
+        + "</section>"
+    )
+
+
+def html_table(table: Table) -> str:
+    """A table that scrolls by itself where it is wider than the page."""
+    best = _best_cells(table)
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.head)
+    rows = ""
+    for r, row in enumerate(table.rows):
+        cells = "".join(
+            f'<td class="best">{escape(cell)}</td>' if (r, c) in best else f"<td>{escape(cell)}</td>"
+            for c, cell in enumerate(row[1:], start=1)
+        )
+        summary = ' class="summary"' if table.last_is_summary and r == len(table.rows) - 1 else ""
+        rows += f'<tr{summary}><th scope="row">{escape(row[0])}</th>{cells}</tr>'
+    return (
+        f'<p class="caption">{escape(table.title)}</p>'  # outside: it does not scroll with the table
+        f'<div class="wide" tabindex="0" role="group" aria-label="{escape(table.title)}">'
+        f"<table{' class=words' if table.words else ''}>"
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _best_cells(table: Table) -> set[tuple[int, int]]:
+    """(row, column) of the best figure of each column, ties included, where there are others."""
+    if table.best is None or len(table.rows) < 2:
+        return set()
+    best = set()
+    for column in range(1, len(table.head)):
+        figures = {r: float(row[column].split()[0]) for r, row in enumerate(table.rows) if row[column] != "-"}
+        if figures:
+            limit = (min if table.best == "lowest" else max)(figures.values())
+            best |= {(r, column) for r, value in figures.items() if value == limit}
+    return best
+
+
+def _made(shown: Shown) -> str:
+    body = html_table(_evaluated(shown))
+    if shown.commands is not None:
+        body += f"<details open><summary>Commands</summary><pre>{escape(shown.commands.strip())}</pre></details>"
+    body += "".join(
+        f"<details><summary>Options of {escape(name)}</summary><pre>{escape(text.strip())}</pre></details>"
+        for name, text in shown.options.items()
+    )
+    return f'<section id="made"><h2>How it was made</h2>{body}</section>'
+
+
+def _evaluated(shown: Shown) -> Table:
+    rows = []
+    for name in shown.evaluations.folders:
+        result, benchmarks = shown.evaluations.results.get(name), shown.evaluations.benchmarks.get(name)
+        source = result.header if result is not None else benchmarks
+        assert source is not None
+        window = "-"
+        if result is not None and result.header.short_window is not None:
+            window = f"{result.header.short_window}, {result.header.short_stride}"
+        rope = "-" if result is None else f"{result.header.rotary_base:g}"
+        rows.append((name, source.model, source.layout, rope, window))
+    return Table(
+        title="What was evaluated",
+        head=("model", "checkpoint", "layout", "rope base", "short window, stride"),
+        rows=tuple(rows),
+        words=True,
+    )
