@@ -94,7 +94,7 @@ def test_schemes_are_compared_on_held_out_rows(sources: Path, programs: Programs
     assert min(step["weight_std"] for step in steps) > 0
     config = (tmp_path / "out" / "train" / "uniform").rglob("*.json")
     assert any("40000" in file.read_text() for file in config)
-    assert {file.suffix for file in (tmp_path / "out" / "report").iterdir()} == {".json", ".html", ".png"}
+    assert {file.suffix for file in (tmp_path / "out" / "report").iterdir()} == {".json", ".csv", ".html", ".png"}
 
     called.clear()
     first_extension.extend(options, run)  # all is done

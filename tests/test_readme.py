@@ -72,7 +72,7 @@ def test_from_documents_to_the_report_on_two_ranks(tmp_path: Path) -> None:
     assert {"config.json", "model.safetensors", "tokenizer.json", "checksums.json"} <= set(
         os.listdir(tmp_path / "extended")
     )
-    assert "data:image/png;base64," in (tmp_path / "report" / "report.html").read_text()
+    assert '<svg class="figure"' in (tmp_path / "report" / "report.html").read_text()
 
 
 def commands() -> list[tuple[int, str, list[str]]]:
