@@ -1,15 +1,14 @@
-# On NVIDIA's PyTorch image, whose own builds of torch, Transformer Engine and Apex stay. Megatron-Core and Transformer
-# Engine must fit: 0.16 asks for 2.9 to 2.11, and this release of the image has 2.10. Megatron-Core 0.19 names no bound;
-# it is tested by its makers with 2.16 and 2.17, which they build into the image (releases 25.09 and 26.06) themselves.
-# To try it with an image's own: --build-arg BASE=... --build-arg MEGATRON_CORE=0.19.2.
+# On NVIDIA's PyTorch image, whose own builds of torch, Transformer Engine and Apex stay. Which Megatron-Core goes with
+# which image, and how that is known: docs/versions.md. The older pair, whose bounds on Transformer Engine Megatron-Core
+# names itself: --build-arg BASE=nvcr.io/nvidia/pytorch:25.12-py3 --build-arg MEGATRON_CORE=0.16.1
 #
 #   docker build -t megatron-tw .
 #   docker run --rm megatron-tw                                   # shows the options of tools/train.py
 #   docker run --rm --gpus all --ipc host --network host --ulimit memlock=-1 -v /data:/data megatron-tw \
 #       bash examples/extend_llama3_32k.sh --load-hf /data/model --data-path /data/rows --save /data/run
-ARG BASE=nvcr.io/nvidia/pytorch:25.12-py3
+ARG BASE=nvcr.io/nvidia/pytorch:26.02-py3
 FROM ${BASE}
-ARG MEGATRON_CORE=0.16.1
+ARG MEGATRON_CORE=0.19.2
 
 WORKDIR /opt/megatron_tw
 COPY pyproject.toml constraints.txt README.md LICENSE ./

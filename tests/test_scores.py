@@ -24,7 +24,8 @@ from megatron_tw.model.architecture import read_architecture
 from megatron_tw.model.families.table import expected_tensors
 from megatron_tw.model.forward import ShortWindowForward
 from megatron_tw.parallel.layout import destroy_layout
-from megatron_tw.programs.scoring import score_tokens, weights_fingerprint
+from megatron_tw.programs.scoring import score_tokens
+from megatron_tw.runtime.fingerprint import weights_fingerprint
 from tools import score_tokens as tool
 
 ABSOLUTE = 2e-5

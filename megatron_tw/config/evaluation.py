@@ -64,11 +64,27 @@ class EvaluationOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LongPplOptions:
+    """LongPPL: the perplexity on targets that need the long context, and who chooses them (arXiv 2410.23771)."""
+
+    longppl_evaluator: str | None = None
+    """Hugging Face folder, or a run's, of the model that chooses the key tokens for all models that are compared (null:
+    each model for itself)."""
+    longppl_cache: str | None = None
+    """Folder that keeps the evaluator's key tokens, for the models that come after (null: they are made each time)."""
+    longppl_context: int = 4096
+    """Tokens of the truncated context (K): a key token is told by what it loses there."""
+    longppl_stride: int = 1024
+    """Tokens by which the truncated context moves on: targets see K to K + stride - 1 tokens there."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """All options of an evaluation. With --short-window the NLL in short windows is made too, which choosing key
     tokens needs."""
 
     evaluation: EvaluationOptions
+    longppl: LongPplOptions = field(default_factory=LongPplOptions)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
@@ -89,6 +105,9 @@ def check_evaluation(config: EvaluationConfig, world_size: int) -> None:
     if options.seq_length is not None:
         check_seq_length(config.parallel, options.seq_length)
         check_own_windows(config.windows, options.seq_length)
+    if "longppl" in options.tasks:
+        assert options.seq_length is not None
+        check_longppl(config.longppl, options.seq_length)
     for name, value in (("eval_rows", options.eval_rows), ("micro_batch_size", options.micro_batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"{flag(name)}: expected 1 or more, got {value}")
@@ -112,3 +131,22 @@ def check_tasks(options: EvaluationOptions) -> None:
                 raise ValueError(f"missing {flag(name)}: --tasks {suite} reads rows")
     if "loss" not in options.tasks and options.key_tokens is not None:
         raise ValueError(f"--key-tokens {options.key_tokens}: expected --tasks loss with it")
+
+
+def check_longppl(longppl: LongPplOptions, seq_length: int) -> None:
+    """The truncated contexts in rows of `seq_length` tokens.
+
+    Raises:
+        ValueError: names the option.
+    """
+    context, stride = longppl.longppl_context, longppl.longppl_stride
+    for name, value in (("longppl_context", context), ("longppl_stride", stride)):
+        if value < 1:
+            raise ValueError(f"{flag(name)}: expected 1 or more, got {value}")
+    if context + stride >= seq_length:
+        raise ValueError(
+            f"--longppl-context {context} + --longppl-stride {stride}: expected less than --seq-length {seq_length}: "
+            "targets before have no longer context to gain from, so none would be key"
+        )
+    if longppl.longppl_cache is not None and longppl.longppl_evaluator is None:
+        raise ValueError(f"--longppl-cache {longppl.longppl_cache}: expected --longppl-evaluator with it, got none")

@@ -1,25 +1,16 @@
 """Options of tools/plan.py: those of a training run, and which GPUs it is to run on."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from megatron_tw.config.checks import check_config
 from megatron_tw.config.options import flag
 from megatron_tw.config.schema import (
-    ActivationConfig,
     CheckpointConfig,
-    ComputeConfig,
     DataConfig,
-    DataParallelConfig,
-    KernelConfig,
     LoggingConfig,
-    ModelConfig,
-    OptimizationConfig,
     ParallelConfig,
     RunConfig,
-    ScorerConfig,
     TrainConfig,
-    WeightingOptions,
-    WindowsConfig,
 )
 
 
@@ -79,27 +70,16 @@ class PlannedTrainConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig:
-    """All options of a plan."""
+class PlanConfig(RunConfig):
+    """All options of a plan: those of a training, and its own."""
 
     plan: PlanOptions
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    data_parallel: DataParallelConfig = field(default_factory=DataParallelConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    compute: ComputeConfig = field(default_factory=ComputeConfig)
-    activations: ActivationConfig = field(default_factory=ActivationConfig)
-    kernels: KernelConfig = field(default_factory=KernelConfig)
     data: PlannedDataConfig
     train: PlannedTrainConfig = field(default_factory=PlannedTrainConfig)
-    optimizer: OptimizationConfig = field(default_factory=OptimizationConfig)
-    weighting: WeightingOptions = field(default_factory=WeightingOptions)
-    scorer: ScorerConfig = field(default_factory=ScorerConfig)
-    windows: WindowsConfig = field(default_factory=WindowsConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def run_config(self) -> RunConfig:
         """The options of the training, without what it reads and writes: a plan has no use for that."""
+        groups = {group.name: getattr(self, group.name) for group in fields(RunConfig)}
         train = replace(
             self.train,
             eval_interval=None,
@@ -108,20 +88,14 @@ class PlanConfig:
             exit_duration_in_mins=None,
             exit_signal_handler=False,
         )
-        return RunConfig(
-            parallel=self.parallel,
-            data_parallel=self.data_parallel,
-            model=replace(self.model, load_hf=self.model.load_hf or self.plan.model),
-            compute=self.compute,
-            activations=self.activations,
-            kernels=self.kernels,
-            data=DataConfig(**vars(replace(self.data, valid_data_path=None))),
-            train=TrainConfig(**vars(train)),
-            optimizer=self.optimizer,
-            weighting=self.weighting,
-            scorer=self.scorer,
-            windows=self.windows,
-        )
+        groups |= {
+            "model": replace(self.model, load_hf=self.model.load_hf or self.plan.model),
+            "data": DataConfig(**vars(replace(self.data, valid_data_path=None))),
+            "train": TrainConfig(**vars(train)),
+            "checkpoint": CheckpointConfig(),
+            "logging": LoggingConfig(),
+        }
+        return RunConfig(**groups)
 
 
 @dataclass(frozen=True, kw_only=True)

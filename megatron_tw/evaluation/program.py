@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -9,14 +10,19 @@ from megatron_tw.config import flat_options
 from megatron_tw.config.evaluation import EvaluationConfig, check_evaluation
 from megatron_tw.data.files import check_new_folder, new_folder
 from megatron_tw.data.tokenizer import fingerprint_of
+from megatron_tw.evaluation.kept import Kept
 from megatron_tw.evaluation.results import Results, as_lines
 from megatron_tw.evaluation.summary import summarize
-from megatron_tw.evaluation.tasks import Found, Model, Setting, prepare
+from megatron_tw.evaluation.tasks import Found, Model, NeedsOtherModel, Setting, prepare
+from megatron_tw.runtime.fingerprint import model_fingerprint
+from megatron_tw.runtime.lock import hold_folder
 from megatron_tw.runtime.opening import join_world, open_model
 from megatron_tw.runtime.source import open_source
 
 NO_SETTINGS = ("output", "load", "load_hf", "verify_checkpoint", "distributed_timeout_minutes")
 """Options on which no figure depends, or that the results name already."""
+NO_PARTS = (*NO_SETTINGS, "tasks", "data_path", "key_tokens", "longppl_evaluator", "longppl_cache", "eval_data")
+"""Options on which no part of an evaluation that was cut off depends, or whose content counts, not their name."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,7 @@ class Evaluation:
     config: EvaluationConfig
     results: Results
     found: tuple[Found, ...]
+    kept: Kept
 
     def save(self, folder: str | Path) -> None:
         """Write it into a new or empty folder, which appears complete or not at all.
@@ -40,6 +47,7 @@ class Evaluation:
                 for name, content in found.files.items():
                     (temporary / name).write_bytes(content)
             self.results.write(temporary)
+        self.kept.discard()
 
     def summary(self) -> str:
         """For people."""
@@ -72,16 +80,28 @@ def evaluate(config: EvaluationConfig) -> Evaluation | None:
         raise ValueError(f"--load {options.load}: holds no checkpoint")
     setting = Setting(config, source, device)
     runs = [prepare(suite, setting, names) for suite, names in options.by_suite().items()]
-    layout, chunks = open_model(source, config.parallel, config.compute, device)
-    model = Model(config, source, layout, chunks, device)
-    found = tuple(run(model) for run in runs)
+    facts = {"model": model_fingerprint(source), "world_size": dist.get_world_size(), **setting.facts}
+    kept = Kept(options.output, {**settings_of(config, NO_PARTS), **facts})
+    kept.check()
+    with hold_folder(kept.folder, f"--output {options.output}"):
+        for run in runs:
+            if isinstance(run, NeedsOtherModel):
+                run.use_other_model(kept)
+        layout, chunks = open_model(source, config.parallel, config.compute, device)
+        model = Model(config, source, layout, chunks, device, kept)
+        found = tuple(run(model) for run in runs)
     if not model.writes:
         return None
     results = Results(
         model=source.name,
         layout=layout.describe(),
         tokenizer_fingerprint=fingerprint_of(source.tokenizer_dir) if source.tokenizer_dir is not None else None,
-        settings={name: value for name, value in flat_options(config).items() if name not in NO_SETTINGS},
+        settings=settings_of(config, NO_SETTINGS),
         records=tuple(record for part in found for record in part.records),
     )
-    return Evaluation(config, results, found)
+    return Evaluation(config, results, found, kept)
+
+
+def settings_of(config: EvaluationConfig, without: tuple[str, ...]) -> dict[str, Any]:
+    """The options by name, but for some."""
+    return {name: value for name, value in flat_options(config).items() if name not in without}

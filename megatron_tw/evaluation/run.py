@@ -6,15 +6,17 @@ as in training.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tw.data.progress import Progress
 from megatron_tw.data.rows import TokenRows
 from megatron_tw.evaluation.compare import check_same_rows
+from megatron_tw.evaluation.kept import Arrays, Kept, in_passes
 from megatron_tw.evaluation.key_tokens import choose_key_tokens
 from megatron_tw.evaluation.position import mean_nll, nll_by_position, position_edges
 from megatron_tw.evaluation.result import EvaluationHeader, EvaluationResult
@@ -58,6 +60,8 @@ def prepare_loss(setting: Setting, names: Sequence[str]) -> Run:
             "the rows of --data-path", header, num_rows, f"--key-tokens {key_tokens.name}", key_tokens.source
         )
 
+    setting.facts["rows"] = rows.header.fingerprint
+
     def run(model: Model) -> Found:
         layout, short_forward = model.layout, None
         if windows is not None:
@@ -81,10 +85,14 @@ def prepare_loss(setting: Setting, names: Sequence[str]) -> Run:
             short_forward=short_forward,
             top1=True,
             what="evaluating",
+            kept=model.kept,
+            name="loss",
         )
-        if nlls is None or not model.writes:
+        model.long_nll["loss"] = None if nlls is None else nlls.long
+        if nlls is None:
             return Found()
         long_all, short_all, top1_all = nlls.long, nlls.short, nlls.top1
+        assert long_all is not None
         assert top1_all is not None
         if short_all is not None and windows is not None:
             short_all = unfrozen_short_nll(long_all, short_all, windows.tokens)
@@ -120,7 +128,7 @@ class RowNlls:
     """Of R rows with T targets each, on the CPU: NLLs [R, T] fp32 with the whole context, and in short windows, and
     [R, T] bool, whether the target is the model's first choice. None: not asked for."""
 
-    long: Tensor
+    long: Tensor | None
     short: Tensor | None
     top1: Tensor | None
 
@@ -134,47 +142,50 @@ def nll_of_rows(
     *,
     micro_batch_size: int,
     short_forward: ShortWindowForward | None = None,
+    long: bool = True,
     top1: bool = False,
     what: str,
     keep_bar: bool = True,
+    kept: Kept | None = None,
+    name: str = "",
 ) -> RowNlls | None:
     """Of the first `num_rows` rows the long NLL and what else is asked for, by `short_forward` and `top1`; on all ranks
-    of the last pipeline stage, None on the others. Collective over the world. what, keep_bar: see `Progress`, which
-    counts the passes."""
+    of the last pipeline stage (with `kept`: on the writing rank), None on the others. Collective over the world. what,
+    keep_bar, kept, name: see `in_passes`."""
     rows_per_pass = micro_batch_size * layout.pp_size  # as many as the pipeline wants at a time
-    passes = range(0, -(-num_rows // layout.dp_size), rows_per_pass)
-    parts: dict[str, list[Tensor]] = {"long": [], "short": [], "top1": []}
-    with Progress(what, len(passes), "passes", show=layout.reports, keep=keep_bar) as progress:
-        for first in passes:
-            now_at(f"{what}, row {first * layout.dp_size}")
-            # Rows past the end stand in for nothing and are dropped below.
-            mine = [min((first + i) * layout.dp_size + layout.dp_rank, num_rows - 1) for i in range(rows_per_pass)]
-            tokens_RN = torch.from_numpy(np.stack([rows[row] for row in mine])).to(device.device)
-            made: dict[str, Tensor | None] = {}
-            if top1:
-                both = long_nll_and_top1(model, tokens_RN, layout, micro_batch_size=micro_batch_size)
-                made["long"], made["top1"] = (None, None) if both is None else both
-            else:
-                made["long"] = long_nll(model, tokens_RN, layout, micro_batch_size=micro_batch_size)
-            if short_forward is not None:
-                made["short"] = short_forward.short_nll(model, tokens_RN)
-            for name, part_RT in made.items():
-                if part_RT is not None:
-                    parts[name].append(part_RT)
-            progress.update()
-    if not layout.is_last_stage:
+
+    def one_pass(index: int) -> Arrays | None:
+        first = index * rows_per_pass
+        now_at(f"{what}, row {first * layout.dp_size}")
+        # Rows past the end stand in for nothing and are dropped below.
+        mine = [min((first + i) * layout.dp_size + layout.dp_rank, num_rows - 1) for i in range(rows_per_pass)]
+        tokens_RN = torch.from_numpy(np.stack([rows[row] for row in mine])).to(device.device)
+        made: dict[str, Tensor | None] = {}
+        if not long:
+            assert short_forward is not None
+        elif top1:
+            both = long_nll_and_top1(model, tokens_RN, layout, micro_batch_size=micro_batch_size)
+            made["long"], made["top1"] = (None, None) if both is None else both
+        else:
+            made["long"] = long_nll(model, tokens_RN, layout, micro_batch_size=micro_batch_size)
+        if short_forward is not None:
+            made["short"] = short_forward.short_nll(model, tokens_RN)
+        left = num_rows - first * layout.dp_size
+        there = {key: part_RT for key, part_RT in made.items() if part_RT is not None}
+        return {key: _in_row_order(part_RT, left, layout) for key, part_RT in there.items()} or None
+
+    passes = -(-num_rows // (layout.dp_size * rows_per_pass))
+    whole = in_passes(one_pass, [1] * passes, layout, what=what, keep_bar=keep_bar, kept=kept, name=name)
+    if whole is None:
         return None
-    whole = {name: _in_row_order(torch.cat(part), num_rows, layout) for name, part in parts.items() if part}
-    return RowNlls(whole["long"], whole.get("short"), whole.get("top1"))
+    tensors = {key: torch.from_numpy(part_RT) for key, part_RT in whole.items()}
+    return RowNlls(tensors.get("long"), tensors.get("short"), tensors.get("top1"))
 
 
-def _in_row_order(part_RT: Tensor, num_rows: int, layout: Layout) -> Tensor:
-    """Rows 0 .. num_rows - 1 from what every data-parallel replica went through: replica d has rows d, d + dp, ..."""
+def _in_row_order(part_RT: Tensor, num_rows: int, layout: Layout) -> npt.NDArray[Any]:
+    """The first `num_rows` rows of what the data-parallel replicas went through: replica d has rows d, d + dp, ..."""
     own_RT = part_RT.to(torch.uint8) if part_RT.dtype == torch.bool else part_RT.float()
     shards = [torch.empty_like(own_RT) for _ in range(layout.dp_size)]
     dist.all_gather(shards, own_RT.contiguous(), group=layout.dp_group)
-    return (
-        torch.stack(shards, dim=1)
-        .flatten(0, 1)[:num_rows]
-        .to("cpu", torch.bool if part_RT.dtype == torch.bool else torch.float32)
-    )
+    whole_RT = torch.stack(shards, dim=1).flatten(0, 1)[:num_rows].cpu()
+    return (whole_RT.bool() if part_RT.dtype == torch.bool else whole_RT).numpy()

@@ -9,11 +9,15 @@ can be checked, opens its files, and returns what is to be done with the loaded 
 To add one: a name in config/evaluation.py (SUITES), a line in `_suites`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from megatron_tw.config.evaluation import EvaluationConfig
+from megatron_tw.evaluation.kept import Kept, is_writer
 from megatron_tw.evaluation.result import EvaluationResult
 from megatron_tw.evaluation.results import Record
 from megatron_tw.model.gpt import TokenWeightedGPT
@@ -30,6 +34,9 @@ class Setting:
     source: ModelSource
     """Architecture, and where the weights and the tokenizer are."""
     device: Device
+    facts: dict[str, str] = field(default_factory=dict)
+    """What the result depends on besides options and model, such as fingerprints of data, by name: a suite adds its
+    own."""
 
     @property
     def longest_input(self) -> int:
@@ -46,12 +53,16 @@ class Model:
     layout: Layout
     chunks: Sequence[TokenWeightedGPT]
     device: Device
+    kept: Kept
+    """For finished parts of long work."""
+    long_nll: dict[str, Tensor | None] = field(default_factory=dict)
+    """[R, T] fp32 of the rows of --data-path, on the writing rank, from the suite `loss` where that ran before: others
+    need not make it again."""
 
     @property
     def writes(self) -> bool:
         """Whether this rank holds the results in the end: the last pipeline stage's first."""
-        layout = self.layout
-        return layout.is_last_stage and not (layout.tp_rank or layout.cp_rank or layout.dp_rank)
+        return is_writer(self.layout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +79,18 @@ class Found:
     """For people; None: the records as lines."""
 
 
+class NeedsOtherModel(ABC):
+    """A `run` that uses another model before the evaluated one is loaded, so that the two need not fit together."""
+
+    @abstractmethod
+    def use_other_model(self, kept: Kept) -> None:
+        """On every rank, after all suites are prepared. What is loaded is gone again when this returns."""
+
+    @abstractmethod
+    def __call__(self, model: Model) -> Found:
+        """See `tasks`."""
+
+
 Run = Callable[[Model], Found]
 Prepare = Callable[[Setting, Sequence[str]], Run]
 
@@ -77,6 +100,21 @@ def model_length(source: ModelSource) -> int:
     if source.checkpoint is not None:
         return max(source.checkpoint.state.seq_length, source.architecture.max_position_embeddings)
     return source.architecture.max_position_embeddings
+
+
+def check_model_length(setting: Setting, tokens: int, option: str = "--seq-length") -> None:
+    """That inputs of `tokens` are within the model's context, or that an option stretches it.
+
+    Raises:
+        ValueError: names the option, and the model's context.
+    """
+    model, length = setting.config.model, model_length(setting.source)
+    stretched = model.rope_scaling_type is not None or model.rotary_base is not None
+    if tokens > length and not stretched:
+        raise ValueError(
+            f"{option} {tokens}: {setting.source.name} has a context of {length} tokens; --rope-scaling-type or "
+            "--rotary-base stretches it, and --rope-scaling-type none says that it is to be tried as it is"
+        )
 
 
 def prepare(suite: str, setting: Setting, names: Sequence[str]) -> Run:
@@ -89,9 +127,10 @@ def prepare(suite: str, setting: Setting, names: Sequence[str]) -> Run:
 
 
 def _suites() -> dict[str, Prepare]:
+    from megatron_tw.evaluation.long_ppl import prepare_longppl
     from megatron_tw.evaluation.run import prepare_loss
 
-    return {"loss": prepare_loss}
+    return {"loss": prepare_loss, "longppl": prepare_longppl}
 
 
 def tokenizer_folder(source: ModelSource, suite: str) -> Path:

@@ -176,14 +176,22 @@ def long_nll_and_top1(
 ) -> tuple[Tensor, Tensor] | None:
     """`long_nll`, and [R, N-1] bool: whether the target is the model's first choice, which is the argmax of the whole
     vocabulary (of equal logits: any)."""
-    batches = [long_sequences(rows, layout) for rows in rows_RN.split(micro_batch_size)]
+    both = nll_and_top1(model, [long_sequences(rows, layout) for rows in rows_RN.split(micro_batch_size)], layout)
+    return None if both is None else (both[0][:, :-1], both[1][:, :-1])
+
+
+def nll_and_top1(
+    model: Sequence[torch.nn.Module], batches: Sequence[Sequences], layout: Layout
+) -> tuple[Tensor, Tensor] | None:
+    """NLL [R, N] fp32 and whether the label is the model's first choice [R, N] bool, at every position of sequences
+    that are sharded over the context-parallel group; 0 and False without a label. None before the last stage."""
     reports = _forward_only(model, _top1_step, batches, layout)
     if not reports:
         return None
     whole = row_layout(layout)
     nll_RN = torch.cat([whole.gather(nll_MS) for nll_MS, _ in reports])
     top1_RN = torch.cat([whole.gather(top1_MS.to(torch.uint8)) for _, top1_MS in reports])
-    return nll_RN[:, :-1], top1_RN[:, :-1].bool()
+    return nll_RN, top1_RN.bool()
 
 
 @dataclass(frozen=True)
@@ -228,7 +236,31 @@ class ShortWindowForward:
         unfrozen one).
         scoring_micro_batch: None runs all of this rank's windows of a row at once.
         """
-        windows = tuple(plan_windows(seq_length, window, stride, include_first=include_first))
+        return ShortWindowForward.over(
+            tuple(plan_windows(seq_length, window, stride, include_first=include_first)),
+            seq_length=seq_length,
+            longest=window,
+            bos_id=bos_id,
+            layout=layout,
+            sequence_parallel=sequence_parallel,
+            scoring_micro_batch=scoring_micro_batch,
+            pipelined=pipelined,
+        )
+
+    @staticmethod
+    def over(
+        windows: tuple[Window, ...],
+        *,
+        seq_length: int,
+        longest: int,
+        bos_id: int | None,
+        layout: Layout,
+        sequence_parallel: bool,
+        scoring_micro_batch: int | None = None,
+        pipelined: bool = True,
+    ) -> "ShortWindowForward":
+        """As `create`, with windows that were planned otherwise; `longest`: tokens of the longest. Collective over the
+        world."""
         num_groups = num_window_groups(len(windows), layout.cp_size)
         group, index = split_context_group(layout, num_groups)
         share = layout.cp_size // num_groups
@@ -238,7 +270,7 @@ class ShortWindowForward:
             windows=windows,
             mine=mine,
             group=group,
-            padded_length=padded_window(window, share, layout.tp_size if sequence_parallel else 1),
+            padded_length=padded_window(longest, share, layout.tp_size if sequence_parallel else 1),
             bos_id=bos_id,
             scoring_micro_batch=scoring_micro_batch or max(1, len(mine)),
             micro_batch=scoring_micro_batch,

@@ -6,8 +6,6 @@ Rows go through the same short-window forward as in training, window 0 included.
 and on the model-parallel layout, not on the number of replicas.
 """
 
-import dataclasses
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -21,20 +19,15 @@ from megatron_tw.data.rows import TokenRows
 from megatron_tw.data.score_parts import ScoreParts, rows_per_part
 from megatron_tw.data.scores import ScoresHeader
 from megatron_tw.data.vocabulary import check_scorer_vocabulary
-from megatron_tw.model.architecture import Architecture
-from megatron_tw.model.families.table import expected_tensors
 from megatron_tw.model.forward import ShortWindowForward
 from megatron_tw.model.gpt import TokenWeightedGPT
-from megatron_tw.model.huggingface import SafetensorsFolder
 from megatron_tw.parallel.agree import raise_together
 from megatron_tw.parallel.contact import now_at
 from megatron_tw.parallel.layout import Layout
+from megatron_tw.runtime.fingerprint import plain_numbers, weights_fingerprint
 from megatron_tw.runtime.lock import hold_folder
 from megatron_tw.runtime.opening import check_attention, join_world, named, open_model
 from megatron_tw.runtime.source import open_source, row_bos_id
-
-HASHED_AT_ONCE = 1 << 26
-"""Elements of a tensor that are read for its hash at a time."""
 
 
 def score_tokens(config: ScoringConfig) -> Path:
@@ -63,7 +56,7 @@ def score_tokens(config: ScoringConfig) -> Path:
     header = ScoresHeader(
         scorer=source.name,
         scorer_weights=weights_fingerprint(folder, architecture),
-        scorer_shape=_shape(architecture),
+        scorer_shape=plain_numbers(architecture),
         scorer_rope=architecture.rope,
         short_window=windows.tokens,
         short_stride=windows.stride,
@@ -169,40 +162,6 @@ def _check_finite(nll_RT: Tensor, rows: range) -> None:
             f"--load-hf: the scorer's NLL of row {rows[row]}, position {column + 1} is {nll_RT[row, column].item()}; "
             "the parts made so far are kept"
         )
-
-
-def weights_fingerprint(folder: str | Path, architecture: Architecture) -> str:
-    """sha256 (hex) over name, dtype, shape and content of the model's tensors in the order of their names: the same
-    however they are spread over files. The ranks share the reading. Collective over the world.
-
-    Raises:
-        ValueError: files or tensors missing, truncated or of other shapes (see SafetensorsFolder).
-    """
-    tensors = SafetensorsFolder(folder, architecture)
-    shapes = sorted(expected_tensors(architecture).items())
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    mine = {name: _tensor_digest(tensors, name, shape) for name, shape in shapes[rank::world_size]}
-    everywhere: list[dict[str, str] | None] = [None] * world_size
-    dist.all_gather_object(everywhere, mine)
-    digests = {name: digest for part in everywhere if part for name, digest in part.items()}
-    return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
-
-
-def _tensor_digest(tensors: SafetensorsFolder, name: str, shape: tuple[int, ...]) -> str:
-    digest = hashlib.sha256()
-    rows_at_once = max(1, HASHED_AT_ONCE * shape[0] // int(np.prod(shape)))
-    for start in range(0, shape[0], rows_at_once):
-        part = tensors.read(name, 0, start, min(start + rows_at_once, shape[0]))
-        if start == 0:
-            digest.update(f"{part.dtype} {shape} ".encode())
-        digest.update(part.contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _shape(architecture: Architecture) -> dict[str, int | float | bool | None]:
-    """The plain numbers of an architecture."""
-    values = {field.name: getattr(architecture, field.name) for field in dataclasses.fields(architecture)}
-    return {name: value for name, value in values.items() if value is None or isinstance(value, int | float)}
 
 
 def _computation(config: ScoringConfig, device: str) -> dict[str, int | str | bool | None]:

@@ -70,6 +70,7 @@ class Validation:
         )
         means = torch.full((len(self.edges),), torch.nan, dtype=torch.float64, device=self.device.device)
         if nlls is not None:
+            assert nlls.long is not None
             nll_RT = nlls.long.numpy()
             mask_RT = np.ones_like(nll_RT, dtype=bool)
             buckets = nll_by_position(nll_RT, mask_RT, self.edges)

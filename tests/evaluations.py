@@ -1,0 +1,73 @@
+"""Evaluations on gloo ranks, and models and data small enough for them."""
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from tiny import BOS, Axes, make_folder, prepare_ready_rows
+
+from megatron_tw.config import parse_options
+from megatron_tw.config.evaluation import EvaluationConfig
+from megatron_tw.evaluation.program import evaluate
+from megatron_tw.evaluation.results import Results
+from megatron_tw.parallel.layout import destroy_layout
+
+
+def flags_of(axes: Axes) -> list[str]:
+    """The layout as options."""
+    sizes = (("tensor", axes.tp), ("pipeline", axes.pp))
+    flags = [f"--{name}-model-parallel-size={size}" for name, size in sizes if size > 1]
+    return flags + ([f"--context-parallel-size={axes.cp}"] if axes.cp > 1 else [])
+
+
+def run_evaluation(options: Sequence[str]) -> str | None:
+    """On a rank: what tools/evaluate.py does; its summary, where it is written."""
+    config = parse_options(list(options), EvaluationConfig)
+    try:
+        evaluation = evaluate(config)
+        if evaluation is None:
+            return None
+        evaluation.save(config.evaluation.output)
+        return evaluation.summary()
+    finally:
+        destroy_layout()
+        gc.collect()
+
+
+def values(folder: Path) -> dict[tuple[str, str], float | None]:
+    """The figures of results.json by task and metric."""
+    return {(record.task, record.metric): record.value for record in Results.load(folder).records}
+
+
+def make_sharp_model(folder: Path, sharpness: float = 5.0, **changes: object) -> Path:
+    """A random tiny Llama that is sure of what it says, so that contexts matter."""
+    make_folder("llama", folder, **changes)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(sharpness)
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_near_model(model: Path, folder: Path, noise: float = 0.02) -> Path:
+    """A model a little beside another one."""
+    near = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in near.parameters():
+            parameter.add_(noise * torch.randn_like(parameter))
+    near.save_pretrained(folder)
+    return folder
+
+
+def make_likely_rows(model: Path, output: Path, *, rows: int, tokens: int) -> Path:
+    """Rows drawn from the model itself: it predicts them well, and worse without what it drew them from."""
+    drawn_from: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    torch.manual_seed(0)
+    begin = torch.full((rows, 1), BOS)
+    drawn = drawn_from.generate(begin, max_length=tokens, min_length=tokens, do_sample=True, pad_token_id=0)
+    return prepare_ready_rows(np.ascontiguousarray(drawn.numpy()), output)
