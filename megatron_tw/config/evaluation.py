@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from megatron_tw.config.checks import check_compute, check_model, check_own_windows, check_parallel, check_seq_length
 from megatron_tw.config.options import flag
+from megatron_tw.config.ruler import RulerOptions, check_ruler
 from megatron_tw.config.schema import ComputeConfig, ModelConfig, ParallelConfig, WindowsConfig
 
 RULER_TASKS = (
@@ -85,6 +86,7 @@ class EvaluationConfig:
 
     evaluation: EvaluationOptions
     longppl: LongPplOptions = field(default_factory=LongPplOptions)
+    ruler: RulerOptions = field(default_factory=RulerOptions)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
@@ -108,6 +110,7 @@ def check_evaluation(config: EvaluationConfig, world_size: int) -> None:
     if "longppl" in options.tasks:
         assert options.seq_length is not None
         check_longppl(config.longppl, options.seq_length)
+    check_ruler(config.ruler)
     for name, value in (("eval_rows", options.eval_rows), ("micro_batch_size", options.micro_batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"{flag(name)}: expected 1 or more, got {value}")

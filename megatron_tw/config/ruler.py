@@ -27,6 +27,8 @@ class RulerOptions:
     ruler_scoring: Literal["exactness", "generation"] = "exactness"
     """exactness: whether the gold answers are the model's first choices, in one forward pass under any layout.
     generation: RULER's own, by lm-evaluation-harness, one process, on --load-hf."""
+    ruler_backend: Literal["hf", "vllm"] = "hf"
+    """Model of lm-evaluation-harness that generates."""
 
 
 def check_ruler(options: RulerOptions) -> None:

@@ -39,6 +39,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens by their name; a character whose bytes are not all there becomes U+FFFD."""
 
+    def first_ids(self) -> list[int]:
+        """What stands before a text where the tokenizer's own special tokens are added (BOS, or nothing)."""
+
     def save(self, directory: Path) -> None:
         """Copies the tokenizer's files into an existing directory, where `load_tokenizer` finds the same tokenizer."""
 
@@ -100,6 +103,10 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
+    def first_ids(self) -> list[int]:
+        whole: list[int] = self._tokenizer.encode("a", add_special_tokens=True)
+        return whole[: whole.index(self.encode("a")[0])]
+
     def save(self, directory: Path) -> None:
         for file in TOKENIZER_FILES:
             if (self.path / file).is_file():
@@ -140,6 +147,9 @@ class SentencePieceTokenizer:
             else:
                 plain.append(int(token))
         return text + str(self._processor.decode(plain))
+
+    def first_ids(self) -> list[int]:
+        return [] if self.bos_id is None else [self.bos_id]
 
     def save(self, directory: Path) -> None:
         """Copies the model as tokenizer.model.

@@ -128,9 +128,10 @@ def prepare(suite: str, setting: Setting, names: Sequence[str]) -> Run:
 
 def _suites() -> dict[str, Prepare]:
     from megatron_tw.evaluation.long_ppl import prepare_longppl
+    from megatron_tw.evaluation.ruler.suite import prepare_ruler
     from megatron_tw.evaluation.run import prepare_loss
 
-    return {"loss": prepare_loss, "longppl": prepare_longppl}
+    return {"loss": prepare_loss, "longppl": prepare_longppl, "ruler": prepare_ruler}
 
 
 def tokenizer_folder(source: ModelSource, suite: str) -> Path:

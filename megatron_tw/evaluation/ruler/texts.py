@@ -12,6 +12,14 @@ from typing import Any
 
 from megatron_tw.evaluation.ruler.prompt import Question, Questions
 
+FROM = {
+    "--ruler-essay": "a text, or RULER's PaulGrahamEssays.json, which scripts/data/synthetic/json of "
+    "github.com/NVIDIA/RULER makes",
+    "--ruler-squad": "SQuAD 2.0's dev-v2.0.json, from rajpurkar.github.io/SQuAD-explorer",
+    "--ruler-hotpotqa": "HotpotQA's hotpot_dev_distractor_v1.json, from hotpotqa.github.io",
+}
+"""What each option wants, and where it is to be had."""
+
 
 def read_essay(file: Path) -> tuple[str, ...]:
     """The words of the essays.
@@ -103,7 +111,7 @@ def _read(option: str, file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"{option} {file}: {error.strerror}") from error
+        raise ValueError(f"{option} {file}: {error.strerror}; expected {FROM[option]}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{option} {file}: expected UTF-8 text, got byte 0x{error.object[error.start]:02x}") from error
 

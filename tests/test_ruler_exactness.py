@@ -1,0 +1,135 @@
+"""Exactness on the parallel model: what greedy decoding by transformers says, the same under every layout; and the
+suite `ruler` from the command line, in both ways of scoring."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from programs import Programs
+from tiny import BOS, TINY_LLAMA, Axes, layout_of, load_tiny, make_folder
+
+from megatron_tw.evaluation.results import Results
+from megatron_tw.evaluation.ruler.exactness import Forward
+from megatron_tw.evaluation.ruler.rows import Row
+from megatron_tw.parallel.devices import prepare_device
+
+LAYOUTS = (Axes(), Axes(tp=2), Axes(cp=2), Axes(pp=2), Axes(dp=2), Axes(tp=2, cp=2))
+
+
+def greedy_rows() -> tuple[list[Row], list[tuple[bool, bool, bool]]]:
+    """Rows of different lengths with two answers each, and what transformers' argmax says of them: of the first, the
+    second, and the whole completion."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(5)
+    rows, expected = [], []
+    for length, wrong in ((31, ()), (40, (0,)), (53, (3,)), (64, (5,)), (77, (1, 6))):
+        ids = [BOS, *torch.randint(3, 320, (length,), generator=generator).tolist()]
+        start, right = len(ids), []
+        for place in range(7):  # three tokens, one between, three tokens
+            with torch.no_grad():
+                best = model(torch.tensor([ids])).logits[0, -1].topk(2)
+            assert best.values[0] - best.values[1] > 1e-4
+            right.append(place not in wrong)
+            ids.append(int(best.indices[0] if right[-1] else best.indices[1]))
+        rows.append(Row(ids=tuple(ids), prompt_tokens=start, spans=((start, start + 3), (start + 4, start + 7))))
+        expected.append((all(right[:3]), all(right[4:]), all(right)))
+    return rows, expected
+
+
+def exactness_of(axes: Axes, rows: list[Row], micro_batch_size: int):
+    with layout_of(axes) as layout:
+        _, chunks = load_tiny(axes, layout)
+        forward = Forward(
+            chunks=chunks,
+            layout=layout,
+            device=prepare_device(),
+            sequence_parallel=axes.tp > 1,
+            micro_batch_size=micro_batch_size,
+        )
+        found = []
+        for first in range(0, len(rows), forward.examples_per_pass):
+            here = rows[first : first + forward.examples_per_pass]
+            flags = forward.exactness(here[layout.dp_rank :: layout.dp_size] or rows[-1:], len(here))
+            if flags is not None:
+                found += [(*answers, whole) for answers, whole in zip(flags["answers"], flags["exact"], strict=True)]
+    return found
+
+
+def test_every_layout_says_what_transformers_argmax_says(ranks):
+    rows, expected = greedy_rows()
+    assert {True, False} == {x[0] for x in expected} == {x[1] for x in expected} == {x[2] for x in expected}
+    assert (True, True, False) in expected, "a wrong token between two answers counts in neither"
+    for axes in LAYOUTS:
+        for micro_batch_size in (1, 2) if axes.world_size == 1 else (1,):
+            answers = [
+                found for found in ranks(axes.world_size).run(exactness_of, axes, rows, micro_batch_size) if found
+            ]
+            assert len(answers) == axes.world_size // axes.pp
+            assert all(found == expected for found in answers), axes.name
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random tiny model whose tokenizer has a token for each byte and each common word of a prompt."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("ruler")
+    make_folder("llama", folder / "model", max_position_embeddings=1024)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<s>", "</s>"]
+    )
+    text = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. special magic"
+    tokenizer.train_from_iterator([text] * 20, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(
+        folder / "model"
+    )
+    return folder
+
+
+def samples_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "ruler_samples.jsonl").read_text().splitlines()]
+
+
+def test_the_suite_writes_records_and_samples(world: Path, programs: Programs) -> None:
+    options = (
+        "--load-hf model --tasks niah_single_1 niah_single_2 fwe --ruler-lengths 896 1024 --ruler-samples 3 "
+        "--micro-batch-size 2 --output exact"
+    )
+    answer = programs.run("evaluate", options.split(), world)
+    assert answer.status == 0, answer.stderr
+    results = Results.load(world / "exact")
+    found = {(record.task, record.length): record for record in results.records}
+    assert len(found) == 8
+    for length in (896, 1024):
+        for task in ("niah_single_1", "fwe"):
+            record = found[task, length]
+            assert record.metric == "exactness"
+            assert record.samples == 3
+            assert record.value is not None
+        assert "needs --ruler-essay" in str(found["niah_single_2", length].not_run)
+        assert found["average of 2 tasks", length].samples == 6
+    lines = samples_of(world / "exact")
+    assert [(line["task"], line["length"], line["index"]) for line in lines] == [
+        (task, length, index) for length in (896, 1024) for task in ("niah_single_1", "fwe") for index in range(3)
+    ]
+    assert all(0 < line["depths"][0] < 1 for line in lines if line["task"] == "niah_single_1")
+    assert all(set(line["scores"]) <= {0.0, 1.0} for line in lines)
+
+
+def test_generation_by_lm_evaluation_harness(world: Path, programs: Programs) -> None:
+    pytest.importorskip("lm_eval")
+    options = (
+        "--load-hf model --tasks niah_single_1 --ruler-lengths 640 --ruler-samples 2 --ruler-scoring generation "
+        "--output generated"
+    )
+    answer = programs.run("evaluate", options.split(), world)
+    assert answer.status == 0, answer.stderr
+    record = Results.load(world / "generated").records[0]
+    assert (record.task, record.metric, record.samples) == ("niah_single_1", "string_match", 2)
+    assert [line["metric"] for line in samples_of(world / "generated")] == ["string_match"] * 2
