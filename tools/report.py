@@ -24,7 +24,7 @@ from megatron_tw.evaluation.report.inputs import (
 )
 from megatron_tw.evaluation.report.page import render_page, tables_csv
 from megatron_tw.evaluation.report.sections import Section, sections_of
-from megatron_tw.evaluation.report.verdict import Verdict, verdicts_of
+from megatron_tw.evaluation.report.verdict import WORDS, Verdict, verdicts_of
 from megatron_tw.evaluation.result import EvaluationResult
 from megatron_tw.evaluation.table import format_table, notes
 from megatron_tw.evaluation.training import read_metrics, read_options, read_text
@@ -254,8 +254,13 @@ def as_text(shown: Shown, verdicts: Sequence[Verdict], sections: Sequence[Sectio
     """The tables and what came out, for a terminal."""
     parts = [format_table(table) for section in sections for table in section.tables]
     parts += ["\n".join(notes(shown.comparison))] if shown.comparison is not None else []
-    parts += ["\n".join(verdict.text for verdict in verdicts)] if verdicts else []
+    said = [f"{verdict.about}: {verdict.text}".removeprefix(": ") + _word(verdict) for verdict in verdicts]
+    parts += ["\n".join(said)] if said else []
     return "\n\n".join(parts)
+
+
+def _word(verdict: Verdict) -> str:
+    return f" ({WORDS[verdict.kind]})" if WORDS[verdict.kind] else ""
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,12 +1,11 @@
-"""A comparison in words and figures: tables for the terminal and the page, and what may be concluded from them."""
+"""A comparison in figures: tables for the terminal and the page."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_tw.evaluation.compare import CLEAR, FEW_ROWS, Comparison, Difference, Measure, ModelRow
+from megatron_tw.evaluation.compare import CLEAR, FEW_ROWS, Comparison, Measure, ModelRow
 
-NO_KEY_TOKENS = "No target is a key token, so nothing can be said about long-range prediction."
 Best = Literal["lowest", "highest"]
 
 
@@ -21,8 +20,17 @@ class Table:
     """Which figure of each column is the best, if that can be said of all."""
     words: bool = False
     """Whether the cells are text rather than figures."""
+    groups: tuple[tuple[str, int], ...] = ()
+    """A head above the head: a title, and how many columns after the first it spans."""
     last_is_summary: bool = False
     """Whether the last row is made from those above."""
+
+    @property
+    def full_head(self) -> tuple[str, ...]:
+        """The head in one line: each column with the title of its group."""
+        titles = [title for title, span in self.groups for _ in range(span)] or [""] * (len(self.head) - 1)
+        named = zip(titles, self.head[1:], strict=True)
+        return (self.head[0], *(" ".join(filter(None, (title, cell))) for title, cell in named))
 
 
 def tables(comparison: Comparison) -> list[Table]:
@@ -84,42 +92,9 @@ def notes(comparison: Comparison) -> list[str]:
     return found
 
 
-def verdicts(comparison: Comparison) -> list[str]:
-    """What came out: one sentence for each model that is not the reference, after one that concerns all."""
-    reference = comparison.reference
-    found = [NO_KEY_TOKENS] if comparison.key is not None and not comparison.key.count else []
-    for model in comparison.models:
-        if model.name == reference:
-            continue
-        assert model.all.difference is not None
-        said = judged(model.all.difference, reference)
-        sentence = f"{model.name} {said} over all targets: NLL {model.all.difference}"
-        if model.key is not None and model.key.difference is not None:
-            said = judged(model.key.difference, reference)
-            sentence += f"; it {said} on the key tokens: NLL {model.key.difference}"
-        found.append(f"{sentence}.")
-    return found
-
-
-def judged(difference: Difference, reference: str, *, better: Literal["below", "above"] = "below") -> str:
-    """What may be said of a difference to the reference. better: the side of 0 that is."""
-    if difference.rows < FEW_ROWS:
-        return f"cannot be told from {reference} (only {difference.rows} rows)"
-    if not difference.is_clear:
-        return f"shows no clear difference to {reference}"
-    is_better = (difference.mean < 0) == (better == "below")
-    return f"is {'better' if is_better else 'worse'} than {reference}"
-
-
-def format_tables(comparison: Comparison) -> str:
-    """Everything above as plain text."""
-    parts = [format_table(table) for table in tables(comparison)]
-    return "\n\n".join([*parts, "\n".join(notes(comparison)), "\n".join(verdicts(comparison))])
-
-
 def format_table(table: Table) -> str:
     """Aligned columns under the title."""
-    rows = [table.head, *table.rows]
+    rows = [table.full_head, *table.rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(table.head))]
     lines = [
         "  ".join(_align(cell, width, i) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))

@@ -8,7 +8,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +80,7 @@ class Score:
     value: float
     stderr: float | None
     tasks: int
+    samples: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,16 +206,9 @@ def suite_scores(records: Records, suite: str) -> dict[str, Score]:
     common = set.intersection(*(set(tasks) for tasks in of_suite.values()))
     overall = next((name for name in (*OVERALL, suite) if name in common), None)
     chosen = [overall] if overall else sorted(common)
-    parts = sorted(common - {*OVERALL, suite})
-    return {
-        model: Score(
-            value=_mean([tasks[name] for name in chosen]).value,
-            stderr=_mean([tasks[name] for name in chosen]).stderr,
-            tasks=len(parts) or 1,
-        )
-        for model, tasks in of_suite.items()
-        if chosen
-    }
+    parts = len(common - {*OVERALL, suite})
+    means = {model: _mean([tasks[name] for name in chosen]) for model, tasks in of_suite.items() if chosen}
+    return {model: replace(mean, tasks=parts or 1) for model, mean in means.items()}
 
 
 def _mean(records: Sequence[Record]) -> Score:
@@ -222,7 +216,7 @@ def _mean(records: Sequence[Record]) -> Score:
     assert len(values) == len(records) > 0
     value = sum(values) / len(values)
     errors = [_stderr(record) for record in records]
-    return Score(value=value, stderr=of_mean(errors), tasks=len(records))
+    return Score(value=value, stderr=of_mean(errors), tasks=len(records), samples=sum(r.samples for r in records))
 
 
 def _stderr(record: Record) -> float | None:

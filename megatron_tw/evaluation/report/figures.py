@@ -1,14 +1,6 @@
-"""Figures, each as SVG for the page and as PNG.
+"""The figures of a report."""
 
-In the SVG every colour of `PALETTE` is a CSS variable, so that a figure follows the page into dark mode; text stays
-text; nothing names another resource. Colours are Okabe and Ito's (told apart with any colour vision); lines differ in
-marker too.
-"""
-
-import io
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,31 +9,28 @@ import numpy.typing as npt
 from megatron_tw.evaluation.compare import CLEAR, Comparison, ratio_difference
 from megatron_tw.evaluation.position import nll_by_position
 from megatron_tw.evaluation.report.benchmarks import DEPTHS, NeedleMap, RulerTable
+from megatron_tw.evaluation.report.drawing import (
+    INK,
+    Drawing,
+    finished,
+    new_figure,
+    series_styles,
+    show_models,
+)
 from megatron_tw.evaluation.report.intervals import Z95
 from megatron_tw.evaluation.report.recall import RecallComparison
 from megatron_tw.evaluation.result import EvaluationResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-BASE_COLOUR = "#767C85"
-INK, GRID = "#1C2431", "#D9DDE3"
-PALETTE = {
-    **{colour: f"var(--series-{number})" for number, colour in enumerate(SERIES)},
-    BASE_COLOUR: "var(--series-base)",
-    INK: "var(--ink)",
-    GRID: "var(--grid)",
-}
-MARKERS = ("o", "s", "^", "D", "v", "P")
 POSITION_BINS = 24
+MAX_NUMBERED = 12
+"""Columns of a needle map up to which its cells hold numbers."""
 MAX_POINTS = 300
 """Of a curve in a figure."""
 SMOOTHED_SHARE = 0.05
 """Of a training curve's steps, in its running mean."""
-WIDTH, HEIGHT = 5.0, 3.4
-"""Inches of a panel: on a phone its text is still read, on a desk two stand side by side."""
 TRAINING_CURVES = (
     ("lm_loss", "Unweighted loss", "nats per target"),
     ("weighted_loss", "Weighted loss", "nats per target"),
@@ -56,19 +45,9 @@ FROM_ZERO = {"weight_std", "tokens_per_second", "learning_rate"}
 """Those whose axis begins at 0."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """A figure. name: of its file. described: for people who do not see it."""
-
-    name: str
-    described: str
-    svg: str
-    png: bytes
-
-
 def draw_recall(recall: RecallComparison) -> Drawing:
     """Each model's recall by distance with Wilson's interval."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     styles = series_styles([model.name for model in recall.models], None)
     labels = [f"{bucket.first:,}-\n{bucket.last:,}" for bucket in recall.models[0].buckets]
     for i, model in enumerate(recall.models):
@@ -81,16 +60,16 @@ def draw_recall(recall: RecallComparison) -> Drawing:
     if recall.old_context is not None:
         far = sum(bucket.last < recall.old_context for bucket in recall.models[0].buckets)
         if 0 < far < len(labels):
-            axes.axvline(far - 0.5, color=INK, linestyle=":", linewidth=1)
+            mark_old_context(axes, far - 0.5, recall.old_context)
     axes.set_xticks(range(len(labels)), labels)
     axes.set(ylim=(-3, 103), xlabel="tokens from the fact to the answer", ylabel="recalled (%)")
-    axes.legend(ncols=2)
-    return _drawing(figure, "recall", "Recall of planted answers by distance, one line a model")
+    show_models(axes)
+    return finished(figure, "recall", "Recall of planted answers by distance, one line a model")
 
 
 def draw_answer_loss(recall: RecallComparison) -> Drawing:
     """The loss on the answers and on all other text, a bar each."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     styles = series_styles([model.name for model in recall.models], None)
     groups = [("answers far back", lambda model: model.far and model.far.nll)] if recall.old_context else []
     groups += [("all answers", lambda model: model.all.nll), ("all other text", lambda model: model.other.nll)]
@@ -106,13 +85,13 @@ def draw_answer_loss(recall: RecallComparison) -> Drawing:
     axes.set(ylabel="NLL (nats per target)")
     axes.grid(visible=False, axis="x")
     axes.margins(y=0.12)
-    axes.legend(ncols=2)
-    return _drawing(figure, "answer_loss", "Loss on the answers and on all other text, a bar for each model")
+    show_models(axes)
+    return finished(figure, "answer_loss", "Loss on the answers and on all other text, a bar for each model")
 
 
 def draw_position(comparison: Comparison, results: Mapping[str, EvaluationResult]) -> Drawing:
     """Every model's NLL by position, with bands of 95% over rows."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     edges = np.unique(np.linspace(1, comparison.seq_length, POSITION_BINS + 1).astype(int)).tolist()
     for name, style in _styles(comparison).items():
         result = results[name]
@@ -121,12 +100,13 @@ def draw_position(comparison: Comparison, results: Mapping[str, EvaluationResult
         y = np.array([np.nan if bucket.nll is None else bucket.nll for bucket in buckets])
         error = Z95 * np.array([_row_error(result, bucket.first, bucket.last) for bucket in buckets])
         axes.plot(x, y, label=name, **style)
-        axes.fill_between(x, y - error, y + error, color=style["color"], alpha=0.13, linewidth=0)
-    _mark_old_context(axes, comparison.old_context)
+        axes.fill_between(x, y - error, y + error, color=style["color"], alpha=0.1, linewidth=0)
+    if comparison.old_context is not None:
+        mark_old_context(axes, comparison.old_context, comparison.old_context)
     axes.set(xlabel="position of the target (tokens before it)", ylabel="NLL (nats per target)")
     axes.set_xlim(0, comparison.seq_length)
-    axes.legend(ncols=2)
-    return _drawing(figure, "nll_by_position", "NLL by position of the target, one line a model")
+    show_models(axes)
+    return finished(figure, "nll_by_position", "NLL by position of the target, one line a model")
 
 
 def draw_differences(comparison: Comparison) -> Drawing | None:
@@ -134,7 +114,7 @@ def draw_differences(comparison: Comparison) -> Drawing | None:
     shown = [model for model in comparison.models if model.name not in (comparison.reference, comparison.base)]
     if not shown:
         return None
-    figure, axes = _figure()
+    figure, axes = new_figure()
     styles = _styles(comparison)
     buckets = comparison.models[0].buckets
     for i, model in enumerate(shown):
@@ -151,8 +131,8 @@ def draw_differences(comparison: Comparison) -> Drawing | None:
     axes.axhline(0, color=INK, linewidth=1)
     axes.set_xticks(range(len(buckets)), [f"{bucket.first:,}-\n{bucket.last:,}" for bucket in buckets], fontsize=7.5)
     axes.set(xlabel="position of the target", ylabel=f"nats more than {comparison.reference}")
-    axes.legend(ncols=2)
-    return _drawing(figure, "nll_differences", f"Difference of the NLL to {comparison.reference} by position")
+    show_models(axes)
+    return finished(figure, "nll_differences", f"Difference of the NLL to {comparison.reference} by position")
 
 
 def draw_key_tokens(comparison: Comparison) -> Drawing | None:
@@ -160,7 +140,7 @@ def draw_key_tokens(comparison: Comparison) -> Drawing | None:
     shown = [model for model in comparison.models if model.key is not None and model.key.nll is not None]
     if comparison.key is None or not shown:
         return None
-    figure, axes = _figure()
+    figure, axes = new_figure()
     styles = _styles(comparison)
     for i, model in enumerate(shown):
         assert model.key is not None
@@ -175,12 +155,12 @@ def draw_key_tokens(comparison: Comparison) -> Drawing | None:
     axes.margins(y=0.2)
     axes.set(ylabel="NLL (nats per key token)")
     axes.grid(visible=False, axis="x")
-    return _drawing(figure, "key_tokens", f"NLL on the {comparison.key.count:,} key tokens, a bar for each model")
+    return finished(figure, "key_tokens", f"NLL on the {comparison.key.count:,} key tokens, a bar for each model")
 
 
 def draw_ruler(table: RulerTable) -> Drawing:
     """Each model's average over the tasks, by length."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     styles = series_styles(table.models, None)
     for model in table.models:
         scores = [
@@ -198,15 +178,15 @@ def draw_ruler(table: RulerTable) -> Drawing:
     axes.set_xticks(table.lengths, [f"{length:,}" for length in table.lengths])
     axes.minorticks_off()
     axes.set(ylim=(-3, 103), xlabel="tokens of the prompt", ylabel=f"average {table.metric.replace('_', ' ')} (%)")
-    axes.legend(ncols=2)
-    return _drawing(figure, f"ruler_{table.metric}", "RULER average by length, one line a model")
+    show_models(axes)
+    return finished(figure, f"ruler_{table.metric}", "RULER average by length, one line a model")
 
 
 def draw_needles(needles: NeedleMap, number: int) -> Drawing:
     """Depth by length: the share of needles found, as colour and number."""
     import matplotlib as mpl
 
-    figure, axes = _figure(height=3.6)
+    figure, axes = new_figure(height=3.6)
     grid = np.array([[np.nan if share is None else share for share in row] for row in needles.shares])
     colours = mpl.colormaps["cividis"]
     axes.grid(visible=False)
@@ -216,14 +196,14 @@ def draw_needles(needles: NeedleMap, number: int) -> Drawing:
                 colour = mpl.colors.to_hex(colours(share))
                 axes.fill([column, column + 1, column + 1, column], [row, row, row + 1, row + 1], color=colour, lw=0)
                 ink = "#ffffff" if share < 0.55 else "#000000"
-                if len(needles.lengths) <= 12:
+                if len(needles.lengths) <= MAX_NUMBERED:
                     place = (column + 0.5, row + 0.5)
                     axes.annotate(f"{100 * share:.0f}", place, ha="center", va="center", color=ink, fontsize=8)
     axes.set_xticks(np.arange(len(needles.lengths)) + 0.5, [f"{length:,}" for length in needles.lengths])
     axes.set_yticks(range(0, DEPTHS + 1, 2), [f"{100 * depth // DEPTHS}%" for depth in range(0, DEPTHS + 1, 2)])
     axes.set(xlim=(0, len(needles.lengths)), ylim=(DEPTHS, 0))
     axes.set(xlabel="tokens of the prompt", ylabel="depth of the needle", title=f"{needles.model}: found (%)")
-    return _drawing(figure, f"needles_{number}", f"Needles that {needles.model} found, by depth and length")
+    return finished(figure, f"needles_{number}", f"Needles that {needles.model} found, by depth and length")
 
 
 Point = tuple[float, float, float | None, float | None]
@@ -234,7 +214,7 @@ def draw_trade_off(
     points: Mapping[str, Point], long_label: str, short_label: str, *, lower_is_better: tuple[bool, bool]
 ) -> Drawing:
     """Long-context measure above the short-context one, a point a model; up and right is better."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     styles = series_styles(list(points), None)
     for name, (x, y, x_error, y_error) in points.items():
         style = {**styles[name], "markersize": 8, "linestyle": "none", "linewidth": 1}
@@ -247,15 +227,16 @@ def draw_trade_off(
         if lower:
             axis.set_inverted(True)
     axes.margins(0.25)
+    axes.annotate("better \u2197", (0.98, 0.97), xycoords="axes fraction", ha="right", va="top", color=INK)
     axes.set(xlabel=short_label, ylabel=long_label)
-    return _drawing(figure, "trade_off", "Long-context score against short-context score, a point a model")
+    return finished(figure, "trade_off", "Long-context score against short-context score, a point a model")
 
 
 def draw_shares(
     curves: Mapping[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]], name: str, xlabel: str
 ) -> Drawing:
     """The share of targets above a value, one line each."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     styles = series_styles(list(curves), None)
     for curve, (x, y) in curves.items():
         axes.plot(x, np.where(y > 0, 100 * y, np.nan), label=curve, color=styles[curve]["color"], linewidth=1.6)
@@ -263,8 +244,8 @@ def draw_shares(
     axes.set_xlim(left=0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set(xlabel=xlabel, ylabel="targets above it (%)")
-    axes.legend()
-    return _drawing(figure, name, f"Share of targets above a value: {xlabel}")
+    show_models(axes)
+    return finished(figure, name, f"Share of targets above a value: {xlabel}")
 
 
 def draw_training(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Drawing]:
@@ -277,7 +258,7 @@ def draw_training(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Drawi
     for key, title, unit in TRAINING_CURVES:
         if not any(key in step for run in runs.values() for step in run):
             continue
-        figure, axes = _figure(height=2.8)
+        figure, axes = new_figure(height=2.8)
         styles = series_styles(list(runs), None)
         for name, steps in runs.items():
             points = [(step["iteration"], step[key]) for step in steps if step.get(key) is not None]
@@ -294,8 +275,8 @@ def draw_training(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Drawi
         axes.ticklabel_format(axis="y", useOffset=False)
         if key in FROM_ZERO:
             axes.set_ylim(bottom=0)
-        axes.legend()
-        drawings.append(_drawing(figure, f"training_{key}", f"{title} by step, one line a run"))
+        show_models(axes)
+        drawings.append(finished(figure, f"training_{key}", f"{title} by step, one line a run"))
     return drawings
 
 
@@ -305,23 +286,6 @@ def running_mean(values: npt.NDArray[np.float64], window: int) -> npt.NDArray[np
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - window)
     return np.asarray((sums[ends] - sums[starts]) / (ends - starts))
-
-
-def series_styles(names: Sequence[str], base: str | None) -> dict[str, dict[str, Any]]:
-    """Colour, marker and line of each model; `base`, or the model of this name, is grey."""
-    styles: dict[str, dict[str, Any]] = {}
-    for name in names:
-        if name == (base or "base"):
-            styles[name] = {"color": BASE_COLOUR, "marker": "X", "markersize": 4, "linestyle": "--", "linewidth": 1.4}
-        else:
-            i = len([other for other in styles if other != (base or "base")])
-            styles[name] = {
-                "color": SERIES[i % len(SERIES)],
-                "marker": MARKERS[i % len(MARKERS)],
-                "markersize": 4,
-                "linewidth": 1.5,
-            }
-    return styles
 
 
 def _styles(comparison: Comparison) -> dict[str, dict[str, Any]]:
@@ -337,75 +301,15 @@ def _row_error(result: EvaluationResult, first: int, last: int) -> float:
     return 0.0 if found is None else found.standard_error or 0.0
 
 
-def _mark_old_context(axes: "Axes", old_context: int | None) -> None:
-    if old_context is None:
-        return
-    axes.axvline(old_context, color=INK, linestyle=":", linewidth=1)
+def mark_old_context(axes: "Axes", place: float, old_context: int) -> None:
+    """A line at a place on the x axis."""
+    axes.axvline(place, color=INK, linestyle=":", linewidth=1)
     axes.annotate(
         f"old context, {old_context:,}",
-        (old_context, 1),
+        (place, 0),
         xycoords=("data", "axes fraction"),
-        xytext=(4, -9),
+        xytext=(4, 5),
         textcoords="offset points",
         fontsize=8,
         color=INK,
     )
-
-
-def _figure(*, width: float = WIDTH, height: float = HEIGHT) -> "tuple[Figure, Axes]":
-    """A figure without pyplot's global state; no display is needed."""
-    import matplotlib as mpl  # takes a second: only when something is drawn
-    from matplotlib.figure import Figure
-
-    mpl.rcParams.update(
-        {
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.color": GRID,
-            "grid.linewidth": 0.8,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.edgecolor": INK,
-            "axes.labelcolor": INK,
-            "axes.titlecolor": INK,
-            "axes.titlesize": 10,
-            "axes.titleweight": "bold",
-            "text.color": INK,
-            "xtick.color": INK,
-            "ytick.color": INK,
-            "font.size": 9,
-            "legend.frameon": False,
-            "legend.fontsize": 8.5,
-            "svg.fonttype": "none",
-        }
-    )
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _drawing(figure: "Figure", name: str, described: str) -> Drawing:
-    import matplotlib as mpl
-
-    save: Callable[..., None] = figure.savefig
-    png, svg = io.BytesIO(), io.StringIO()
-    save(png, format="png", dpi=150, facecolor="white")
-    with mpl.rc_context({"svg.hashsalt": name}):  # ids of one figure are no other's
-        save(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return Drawing(name=name, described=described, svg=inline_svg(svg.getvalue(), name, described), png=png.getvalue())
-
-
-def inline_svg(text: str, name: str, described: str) -> str:
-    """matplotlib's SVG as an element of an HTML page: without names of other resources, in the page's colours."""
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
-    text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r' id="(figure|axes|patch|line2d|text|xtick|ytick|matplotlib\.axis|legend|LineCollection|'
-                  r'FillBetweenPolyCollection|PolyCollection|QuadMesh)_\d+"', "", text)  # fmt: skip
-    for colour, variable in PALETTE.items():
-        text = re.sub(re.escape(colour), variable, text, flags=re.IGNORECASE)
-    text = re.sub(r"font-family: [^;\"]*;\s*", "", text)  # the page's
-    text = re.sub(r"\s*\n\s*", " ", text)
-    label = described.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return re.sub(r"<svg ", f'<svg class="figure" role="img" aria-label="{label}" data-name="{name}" ', text, count=1)

@@ -4,11 +4,12 @@ import csv
 import io
 from collections.abc import Sequence
 from html import escape
+from itertools import groupby
 from pathlib import Path
 
 from megatron_tw.evaluation.report.inputs import Shown
 from megatron_tw.evaluation.report.sections import Section
-from megatron_tw.evaluation.report.verdict import WORDS, Verdict
+from megatron_tw.evaluation.report.verdict import ERRORS, WORDS, Verdict
 from megatron_tw.evaluation.table import Table
 
 FRAME = Path(__file__).with_name("page.html")
@@ -23,7 +24,7 @@ def render_page(shown: Shown, verdicts: Sequence[Verdict], sections: Sequence[Se
         "</nav></header>",
     ]
     if verdicts:
-        body.append(f'<section id="verdict"><h2>What came out</h2>{"".join(map(_verdict, verdicts))}</section>')
+        body.append(f'<section id="verdict"><h2>What came out</h2>{_verdicts(verdicts)}</section>')
     body += [_section(section) for section in sections]
     body.append(_made(shown))
     frame = FRAME.read_text(encoding="utf-8")
@@ -40,7 +41,7 @@ def tables_csv(sections: Sequence[Section]) -> str:
             for row in table.rows:
                 writer.writerows(
                     (section.name, table.title, row[0], column, cell)
-                    for column, cell in zip(table.head[1:], row[1:], strict=True)
+                    for column, cell in zip(table.full_head[1:], row[1:], strict=True)
                 )
     return text.getvalue()
 
@@ -61,10 +62,23 @@ def _link(name: str, title: str) -> str:
     return f'<a href="#{escape(name)}">{escape(title)}</a>'
 
 
+def _verdicts(verdicts: Sequence[Verdict]) -> str:
+    """The headline, then a group for what each is about, with the reference's figure beside its title."""
+    headline = "".join(f"<p>{escape(verdict.text)}</p>" for verdict in verdicts if not verdict.about)
+    groups = ""
+    for about, group in groupby((verdict for verdict in verdicts if verdict.about), key=lambda verdict: verdict.about):
+        of_group = list(group)
+        facts = " ".join(verdict.text for verdict in of_group if verdict.kind == "fact")
+        judged = "".join(_verdict(verdict) for verdict in of_group if verdict.kind != "fact")
+        groups += f"<div><h3>{escape(about)}</h3><p>{escape(facts)}</p>{judged}</div>"
+    details = f'<div class="verdicts">{groups}</div><p class="remark">{escape(ERRORS)}</p>' if groups else ""
+    return f'<div class="headline">{headline}</div>{details}'
+
+
 def _verdict(verdict: Verdict) -> str:
-    word = WORDS[verdict.kind]
-    badge = f'<span class="badge">{word}</span> ' if word else ""
-    return f'<p class="verdict {verdict.kind}">{badge}{escape(verdict.text)}</p>'
+    return (
+        f'<p class="verdict {verdict.kind}"><span class="badge">{WORDS[verdict.kind]}</span> {escape(verdict.text)}</p>'
+    )
 
 
 def _section(section: Section) -> str:
@@ -85,19 +99,22 @@ def html_table(table: Table) -> str:
     """A table that scrolls by itself where it is wider than the page."""
     best = _best_cells(table)
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.head)
+    starts = {1 + sum(span for _, span in table.groups[:i]) for i in range(len(table.groups))}
+    groups = "".join(f'<th scope="colgroup" colspan="{span}">{escape(title)}</th>' for title, span in table.groups)
+    above = f'<tr class="groups"><td></td>{groups}</tr>' if groups else ""
     rows = ""
     for r, row in enumerate(table.rows):
-        cells = "".join(
-            f'<td class="best">{escape(cell)}</td>' if (r, c) in best else f"<td>{escape(cell)}</td>"
-            for c, cell in enumerate(row[1:], start=1)
-        )
+        cells = ""
+        for c, cell in enumerate(row[1:], start=1):
+            classes = (["best"] if (r, c) in best else []) + (["starts"] if c in starts else [])
+            cells += f'<td class="{" ".join(classes)}">{escape(cell)}</td>' if classes else f"<td>{escape(cell)}</td>"
         summary = ' class="summary"' if table.last_is_summary and r == len(table.rows) - 1 else ""
         rows += f'<tr{summary}><th scope="row">{escape(row[0])}</th>{cells}</tr>'
     return (
         f'<p class="caption">{escape(table.title)}</p>'  # outside: it does not scroll with the table
         f'<div class="wide" tabindex="0" role="group" aria-label="{escape(table.title)}">'
         f"<table{' class=words' if table.words else ''}>"
-        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        f"<thead>{above}<tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
 

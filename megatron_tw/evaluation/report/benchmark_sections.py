@@ -1,0 +1,161 @@
+"""Sections made from results.json and ruler_samples.jsonl."""
+
+import dataclasses
+
+from megatron_tw.evaluation.report import figures
+from megatron_tw.evaluation.report.benchmarks import (
+    OVERALL,
+    RULER,
+    RULER_TASKS,
+    RulerTable,
+    Score,
+    average,
+    needle_map,
+    ruler_tables,
+)
+from megatron_tw.evaluation.report.inputs import Shown
+from megatron_tw.evaluation.report.section import Section
+from megatron_tw.evaluation.report.verdict import NAMES
+from megatron_tw.evaluation.table import Table
+
+
+def ruler_section(shown: Shown) -> Section | None:
+    """RULER by task and length, a table for each metric."""
+    found = ruler_tables(shown.evaluations.records)
+    if not any(table.cells for table in found):
+        return None
+    shown_tables: list[Table] = []
+    said: list[str] = []
+    for table in found:
+        shown_tables += _ruler_tables(table)
+        said += [f"{task} was not run: {reason}." for task, reason in table.not_run.items()]
+    tasks = {score.tasks for table in found for score in table.averages.values()}
+    return Section(
+        name="ruler",
+        title="RULER",
+        lead="Shares of 100. Averages are over the tasks that every model was scored on at that length.",
+        drawings=[figures.draw_ruler(table) for table in found if table.averages],
+        tables=shown_tables,
+        notes=[
+            *([f"Averages over {_numbers(tasks)} of {RULER_TASKS} tasks."] if tasks else []),
+            *dict.fromkeys(said),
+            "Exactness is the share of answers all of whose tokens are the model's first choice in one forward pass: "
+            "stricter than RULER's string match on generated text, and not to be compared with it."
+            if any(table.metric == "exactness" for table in found)
+            else "",
+        ],
+        figures={
+            table.metric: {
+                "records": [
+                    {"model": model, **dataclasses.asdict(cell)} for (model, _, _), cell in table.cells.items()
+                ],
+                "averages": [
+                    {"model": model, "length": length, **dataclasses.asdict(score)}
+                    for (model, length), score in table.averages.items()
+                ],
+            }
+            for table in found
+        },
+    )
+
+
+def _ruler_tables(table: RulerTable) -> list[Table]:
+    metric = table.metric.replace("_", " ")
+    averages = Table(
+        title=f"Average {metric} by length",
+        head=("model", *(f"{length:,}" for length in table.lengths), "all lengths"),
+        rows=tuple(
+            (
+                model,
+                *(_score_cell(table.averages.get((model, length))) for length in table.lengths),
+                _score_cell(average(table, model)),
+            )
+            for model in table.models
+        ),
+        best="highest",
+    )
+    columns = [(length, model) for length in table.lengths for model in table.models]
+    one = len(table.models) == 1
+
+    def cell(task: str, length: int, model: str) -> str:
+        record = table.cells.get((model, task, length))
+        return "not run" if record is None or record.value is None else f"{100 * record.value:.1f}"
+
+    rows = [(task, *(cell(task, length, model) for length, model in columns)) for task in table.tasks]
+    means = [table.averages.get((model, length)) for length, model in columns]
+    counts = "/".join(str(n) for n in sorted({score.tasks for score in means if score is not None}))
+    rows.append(
+        (f"average of {counts or 0}", *("-" if score is None else f"{100 * score.value:.1f}" for score in means))
+    )
+    tasks = Table(
+        title=f"By task: {metric}",
+        head=("task", *(f"{length:,}" if one else model for length, model in columns)),
+        groups=() if one else tuple((f"{length:,} tokens", len(table.models)) for length in table.lengths),
+        rows=tuple(rows),
+        last_is_summary=True,
+    )
+    return [averages, tasks]
+
+
+def _score_cell(score: Score | None) -> str:
+    if score is None:
+        return "-"
+    return f"{100 * score.value:.1f}" + ("" if score.stderr is None else f" ± {100 * score.stderr:.1f}")
+
+
+def _numbers(values: set[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def needle_section(shown: Shown) -> Section | None:
+    """A heat map of depth by length for each model."""
+    maps = [needle_map(model, samples) for model, samples in shown.evaluations.samples.items()]
+    found = [one for one in maps if one is not None]
+    if not found:
+        return None
+    return Section(
+        name="needles",
+        title="Needles by depth and length",
+        lead="How often the model found a needle, by where it stands in the prompt (0%: at its start) and the length: "
+        "from dark blue (never) to yellow (always).",
+        drawings=[figures.draw_needles(one, number) for number, one in enumerate(found, start=1)],
+        figures={one.model: dataclasses.asdict(one) for one in found},
+    )
+
+
+def benchmark_section(shown: Shown) -> Section | None:
+    """LongPPL and the tasks of the harness."""
+    records = shown.evaluations.records
+    known = [
+        (r.suite, r.task, r.metric, r.length) for of in records.values() for r in of if r.suite not in (RULER, "loss")
+    ]
+    if not known:
+        return None
+    columns = list(dict.fromkeys(known))
+    rows = []
+    said = []
+    for suite, task, metric, length in columns:
+        cells = []
+        for of_model in records.values():
+            record = next(
+                (r for r in of_model if (r.suite, r.task, r.metric, r.length) == (suite, task, metric, length)), None
+            )
+            if record is None or record.value is None:
+                cells.append("-" if record is None else "not run")
+                if record is not None:
+                    said.append(f"{NAMES.get(suite, suite)} {task} was not run: {record.not_run or 'no samples'}.")
+            else:
+                scale = 1.0 if record.metric in ("longppl", "nll", "ppl") or record.value > 1 else 100.0
+                error = "" if record.stderr is None else f" ± {scale * record.stderr:.1f}"
+                cells.append(f"{scale * record.value:.{1 if scale > 1 else 2}f}{error} ({record.samples:,})")
+        name = NAMES.get(suite, suite)
+        what = name if task in (*OVERALL, suite) else f"{name}: {task}"
+        rows.append((what + ("" if length is None else f", {length:,} tokens"), metric, *cells))
+    return Section(
+        name="benchmarks",
+        title="LongPPL and benchmarks",
+        lead="Figures with their standard error, and how many samples they are over. Shares are of 100.",
+        tables=[Table(title="Results", head=("task", "metric", *records), rows=tuple(rows))],
+        notes=list(dict.fromkeys(said)),
+    )
