@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -77,7 +78,7 @@ def draw(lines: Sequence[Line], file: Path) -> None:
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(-1, columns - 1), ylim=(len(lines) + 1.9, -0.3))
     axes.axis("off")
-    style = {"family": "DejaVu Sans Mono", "fontsize": POINTS, "va": "center"}
+    style: dict[str, Any] = {"family": "DejaVu Sans Mono", "fontsize": POINTS, "va": "center"}
     for row, line in enumerate(lines):
         if isinstance(line, int):
             axes.text(0, row + 0.5, f"⋯ {line:,} tokens ⋯", color="#777777", style="italic", **style)
