@@ -287,7 +287,7 @@ def test_the_page_shows_everything_and_needs_nothing(made: Path) -> None:
     assert not re.search(r"https?:|src=|@import|url\((?!#)", page)
     pictures = {file.stem for file in made.glob("*.png")}
     assert set(re.findall(r'data-name="(\w+)"', page)) == pictures
-    assert len(pictures) >= 15
+    assert len(pictures) >= 13
     assert all(len((made / f"{name}.png").read_bytes()) > 5000 for name in pictures)
 
     content = json.loads((made / "report.json").read_text())
@@ -364,7 +364,7 @@ def test_people_see_it_in_a_browser(made: Path, tmp_path: Path) -> None:
         page.look()
         page.open(made / "report.html")
         sizes = page.value("[...document.querySelectorAll('svg.figure')].map(f => [f.clientWidth, f.clientHeight])")
-        assert len(sizes) >= 15
+        assert len(sizes) >= 13
         assert all(width > 200 and height > 100 for width, height in sizes)
         assert page.value("getComputedStyle(document.querySelector('main')).backgroundColor") == "rgb(255, 255, 255)"
         assert page.value("[...document.querySelectorAll('svg.figure text')].every(t => t.getBBox().width > 0)")

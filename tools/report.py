@@ -252,7 +252,7 @@ def write(folder: Path, shown: Shown, verdicts: Sequence[Verdict], sections: Seq
 
 def as_text(shown: Shown, verdicts: Sequence[Verdict], sections: Sequence[Section]) -> str:
     """The tables and what came out, for a terminal."""
-    parts = [format_table(table) for section in sections for table in section.tables]
+    parts = [format_table(table) for section in sections for table in section.tables if not table.folded]
     parts += ["\n".join(notes(shown.comparison))] if shown.comparison is not None else []
     said = [f"{verdict.about}: {verdict.text}".removeprefix(": ") + _word(verdict) for verdict in verdicts]
     parts += ["\n".join(said)] if said else []

@@ -22,6 +22,8 @@ class Table:
     """Whether the cells are text rather than figures."""
     groups: tuple[tuple[str, int], ...] = ()
     """A head above the head: a title, and how many columns after the first it spans."""
+    folded: bool = False
+    """Whether it is long and few want it: the page shows it when asked, the terminal does not."""
     last_is_summary: bool = False
     """Whether the last row is made from those above."""
 

@@ -1,21 +1,23 @@
 """Sections made from results.json and ruler_samples.jsonl."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 from megatron_tw.evaluation.report import figures
 from megatron_tw.evaluation.report.benchmarks import (
-    OVERALL,
     RULER,
     RULER_TASKS,
     RulerTable,
     Score,
     average,
+    is_overall,
     needle_map,
     ruler_tables,
 )
 from megatron_tw.evaluation.report.inputs import Shown
 from megatron_tw.evaluation.report.section import Section
 from megatron_tw.evaluation.report.verdict import NAMES
+from megatron_tw.evaluation.results import Record
 from megatron_tw.evaluation.table import Table
 
 
@@ -125,37 +127,54 @@ def needle_section(shown: Shown) -> Section | None:
 
 
 def benchmark_section(shown: Shown) -> Section | None:
-    """LongPPL and the tasks of the harness."""
+    """LongPPL and the tasks of the harness; those that an overall figure is made from are folded away."""
     records = shown.evaluations.records
-    known = [
-        (r.suite, r.task, r.metric, r.length) for of in records.values() for r in of if r.suite not in (RULER, "loss")
-    ]
-    if not known:
+    lines: dict[tuple[str, str, str, int | None], dict[str, Record]] = {}
+    for model, of_model in records.items():
+        for record in of_model:
+            if record.suite not in (RULER, "loss"):
+                key = (record.suite, record.task, record.metric, record.length)
+                lines.setdefault(key, {})[model] = record
+    if not lines:
         return None
-    columns = list(dict.fromkeys(known))
-    rows = []
-    said = []
-    for suite, task, metric, length in columns:
-        cells = []
-        for of_model in records.values():
-            record = next(
-                (r for r in of_model if (r.suite, r.task, r.metric, r.length) == (suite, task, metric, length)), None
-            )
-            if record is None or record.value is None:
-                cells.append("-" if record is None else "not run")
-                if record is not None:
-                    said.append(f"{NAMES.get(suite, suite)} {task} was not run: {record.not_run or 'no samples'}.")
-            else:
-                scale = 1.0 if record.metric in ("longppl", "nll", "ppl") or record.value > 1 else 100.0
-                error = "" if record.stderr is None else f" ± {scale * record.stderr:.1f}"
-                cells.append(f"{scale * record.value:.{1 if scale > 1 else 2}f}{error} ({record.samples:,})")
-        name = NAMES.get(suite, suite)
-        what = name if task in (*OVERALL, suite) else f"{name}: {task}"
-        rows.append((what + ("" if length is None else f", {length:,} tokens"), metric, *cells))
+    with_overall = {suite for suite, task, _, _ in lines if is_overall(task, suite)}
+    rows: dict[bool, list[tuple[str, ...]]] = {False: [], True: []}
+    for (suite, task, metric, length), of_models in lines.items():
+        overall = is_overall(task, suite)
+        name = NAMES.get(suite, suite) + ("" if overall else f": {task}")
+        tokens = "" if length is None else f", {length:,} tokens"
+        line = (name + tokens, metric.replace("_", " "), *_benchmark_cells(of_models, list(records)))
+        rows[suite in with_overall and not overall].append(line)
+    missing = {
+        f"{NAMES.get(record.suite, record.suite)} {record.task} was not run: {record.not_run}."
+        for of_models in lines.values()
+        for record in of_models.values()
+        if record.not_run
+    }
+    titles = {False: "Results", True: "The tasks that they are made from"}
     return Section(
         name="benchmarks",
         title="LongPPL and benchmarks",
         lead="Figures with their standard error, and how many samples they are over. Shares are of 100.",
-        tables=[Table(title="Results", head=("task", "metric", *records), rows=tuple(rows))],
-        notes=list(dict.fromkeys(said)),
+        tables=[
+            Table(title=titles[folded], head=("task", "metric", *records), rows=tuple(of_kind), folded=folded)
+            for folded, of_kind in rows.items()
+            if of_kind
+        ],
+        notes=sorted(missing),
     )
+
+
+def _benchmark_cells(of_models: Mapping[str, Record], models: Sequence[str]) -> list[str]:
+    """A record's figure under each model. What is at most 1 under all of them is a share."""
+    values = [record.value for record in of_models.values() if record.value is not None]
+    scale, digits = (100, 1) if values and max(values) <= 1 else (1, 2)
+    cells = []
+    for model in models:
+        record = of_models.get(model)
+        if record is None or record.value is None:
+            cells.append("-" if record is None else "not run")
+            continue
+        error = "" if record.stderr is None else f" ± {scale * record.stderr:.{digits}f}"
+        cells.append(f"{scale * record.value:.{digits}f}{error} ({record.samples:,})")
+    return cells

@@ -23,9 +23,14 @@ RULER_TASKS = 13
 SHORT_SUITES = ("mmlu", "bbh")
 LONG_SUITES = ("longbench", "longbench2")
 OVERALL = ("all", "average")
-"""Tasks of a suite that are made from its others."""
 DEPTHS = 10
 """Bins of the needle heat map."""
+
+
+def is_overall(task: str, suite: str = RULER) -> bool:
+    """Whether a record's task is made from the suite's others."""
+    return task in (*OVERALL, suite) or task.startswith("average of ")
+
 
 Records = Mapping[str, Sequence[Record]]
 """By the models' names."""
@@ -42,6 +47,7 @@ class Sample:
     """Where its needles stand, as shares of the prompt."""
     scores: tuple[float, ...]
     """Of each needle, or one for all."""
+    metric: str = ""
 
     @property
     def score(self) -> float:
@@ -64,6 +70,7 @@ def read_samples(file: Path) -> list[Sample]:
                 index=int(content["index"]),
                 depths=tuple(float(depth) for depth in content.get("depths") or ()),
                 scores=tuple(float(score) for score in content["scores"]),
+                metric=str(content.get("metric", "")),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}, line {number}: expected a sample with task, length, index, scores") from error
@@ -102,7 +109,7 @@ class RulerTable:
 def ruler_tables(records: Records) -> list[RulerTable]:
     """A table for each metric, in the order in which they come."""
     found = [record for of_model in records.values() for record in of_model if record.suite == RULER]
-    found = [record for record in found if record.task not in OVERALL and record.length is not None]
+    found = [record for record in found if not is_overall(record.task) and record.length is not None]
     return [_ruler_table(records, metric) for metric in dict.fromkeys(record.metric for record in found)]
 
 
@@ -111,7 +118,7 @@ def _ruler_table(records: Records, metric: str) -> RulerTable:
     not_run: dict[str, str] = {}
     for model, of_model in records.items():
         for record in of_model:
-            if record.suite != RULER or record.metric != metric or record.task in OVERALL:
+            if record.suite != RULER or record.metric != metric or is_overall(record.task):
                 continue
             if record.value is not None and record.length is not None:
                 cells[model, record.task, record.length] = record
@@ -176,7 +183,9 @@ class NeedleMap:
 
 
 def needle_map(model: str, samples: Iterable[Sample]) -> NeedleMap | None:
-    """The needles of all examples that say where they stand; None: none does."""
+    """The needles of all examples that say where they stand, under the first one's metric; None: none does."""
+    samples = list(samples)
+    samples = [sample for sample in samples if sample.metric == samples[0].metric]
     hits: dict[tuple[int, int], list[float]] = defaultdict(list)
     for sample in samples:
         scores = sample.scores if len(sample.scores) == len(sample.depths) else [sample.score] * len(sample.depths)
@@ -195,20 +204,21 @@ def needle_map(model: str, samples: Iterable[Sample]) -> NeedleMap | None:
 
 
 def suite_scores(records: Records, suite: str) -> dict[str, Score]:
-    """Each model's score of a suite of the harness: its overall record, else the mean over the tasks that all have."""
-    of_suite = {
-        model: {record.task: record for record in of_model if record.suite == suite and record.value is not None}
-        for model, of_model in records.items()
-    }
-    of_suite = {model: tasks for model, tasks in of_suite.items() if tasks}
+    """Each model's score of a suite of the harness: its overall record, else the mean over the tasks that all have. Of
+    several metrics of a task, the first."""
+    of_suite: dict[str, dict[str, Record]] = {}
+    for model, of_model in records.items():
+        for record in of_model:
+            if record.suite == suite and record.value is not None:
+                of_suite.setdefault(model, {}).setdefault(record.task, record)
     if not of_suite:
         return {}
     common = set.intersection(*(set(tasks) for tasks in of_suite.values()))
-    overall = next((name for name in (*OVERALL, suite) if name in common), None)
-    chosen = [overall] if overall else sorted(common)
-    parts = len(common - {*OVERALL, suite})
+    overall = sorted(task for task in common if is_overall(task, suite))
+    parts = sorted(common - set(overall))
+    chosen = overall[:1] or parts
     means = {model: _mean([tasks[name] for name in chosen]) for model, tasks in of_suite.items() if chosen}
-    return {model: replace(mean, tasks=parts or 1) for model, mean in means.items()}
+    return {model: replace(mean, tasks=len(parts) or 1) for model, mean in means.items()}
 
 
 def _mean(records: Sequence[Record]) -> Score:

@@ -34,6 +34,13 @@ class Evaluations:
     def records(self) -> dict[str, tuple[Record, ...]]:
         return {name: results.records for name, results in self.benchmarks.items()}
 
+    def same_examples(self, one: str, other: str) -> bool:
+        """Whether two models were given the same prompts of RULER: made with one tokenizer and the same options."""
+        ours, theirs = self.benchmarks[one], self.benchmarks[other]
+        made = [{key: value for key, value in of.settings.items() if "ruler" in key} for of in (ours, theirs)]
+        same_tokenizer = ours.tokenizer_fingerprint == theirs.tokenizer_fingerprint
+        return same_tokenizer and ours.tokenizer_fingerprint is not None and made[0] == made[1]
+
     @staticmethod
     def read(folders: Mapping[str, Path]) -> "Evaluations":
         """Raises ValueError for a folder without an evaluation, or with one that is damaged."""

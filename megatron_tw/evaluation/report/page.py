@@ -110,11 +110,14 @@ def html_table(table: Table) -> str:
             cells += f'<td class="{" ".join(classes)}">{escape(cell)}</td>' if classes else f"<td>{escape(cell)}</td>"
         summary = ' class="summary"' if table.last_is_summary and r == len(table.rows) - 1 else ""
         rows += f'<tr{summary}><th scope="row">{escape(row[0])}</th>{cells}</tr>'
+    # The title stands outside, so that it does not scroll with the table.
+    before, after = f'<p class="caption">{escape(table.title)}</p>', ""
+    if table.folded:
+        before, after = f"<details><summary>{escape(table.title)}</summary>", "</details>"
     return (
-        f'<p class="caption">{escape(table.title)}</p>'  # outside: it does not scroll with the table
-        f'<div class="wide" tabindex="0" role="group" aria-label="{escape(table.title)}">'
+        f'{before}<div class="wide" tabindex="0" role="group" aria-label="{escape(table.title)}">'
         f"<table{' class=words' if table.words else ''}>"
-        f"<thead>{above}<tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        f"<thead>{above}<tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{after}"
     )
 
 

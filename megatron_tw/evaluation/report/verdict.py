@@ -195,7 +195,9 @@ def _of_ruler(shown: Shown, table: RulerTable) -> list[Finding]:
     differences = {}
     for model, ours in scores.items():
         if model != reference:
-            paired = ruler_difference(shown.evaluations.samples, table, model, reference)
+            paired = None
+            if shown.evaluations.same_examples(model, reference):
+                paired = ruler_difference(shown.evaluations.samples, table, model, reference)
             samples = sum(record.samples for (name, _, _), record in table.cells.items() if name == model)
             differences[model] = paired or _unpaired(ours, theirs, samples)
     if not differences:
