@@ -47,6 +47,11 @@ class EvaluationOptions:
     """Only the first so many rows (null: all)."""
     micro_batch_size: int = 1
     """Rows of one forward pass of one copy of the model."""
+    eval_data: str | None = None
+    """Folder of the data sets of mmlu, bbh, longbench and longbench2, each under its name on the Hugging Face hub, as
+    `hf download --repo-type dataset cais/mmlu --local-dir DIR/cais/mmlu` writes it."""
+    eval_limit: int | None = None
+    """Only the first so many examples of each of their tasks (null: all)."""
     bos_id: int | None = None
     """Id of the token that rows begin with, which the short windows then begin with too (null: that of the rows'
     tokenizer, else the checkpoint's bos_token_id)."""
@@ -111,7 +116,11 @@ def check_evaluation(config: EvaluationConfig, world_size: int) -> None:
         assert options.seq_length is not None
         check_longppl(config.longppl, options.seq_length)
     check_ruler(config.ruler)
-    for name, value in (("eval_rows", options.eval_rows), ("micro_batch_size", options.micro_batch_size)):
+    for name, value in (
+        ("eval_rows", options.eval_rows),
+        ("eval_limit", options.eval_limit),
+        ("micro_batch_size", options.micro_batch_size),
+    ):
         if value is not None and value < 1:
             raise ValueError(f"{flag(name)}: expected 1 or more, got {value}")
 

@@ -13,7 +13,7 @@ from megatron_tw.data.tokenizer import fingerprint_of
 from megatron_tw.evaluation.kept import Kept
 from megatron_tw.evaluation.results import Results, as_lines
 from megatron_tw.evaluation.summary import summarize
-from megatron_tw.evaluation.tasks import Found, Model, NeedsOtherModel, Setting, prepare
+from megatron_tw.evaluation.tasks import Found, Model, NeedsOtherModel, Run, Setting, WithoutModel, prepare
 from megatron_tw.runtime.fingerprint import model_fingerprint
 from megatron_tw.runtime.lock import hold_folder
 from megatron_tw.runtime.opening import join_world, open_model
@@ -87,19 +87,28 @@ def evaluate(config: EvaluationConfig) -> Evaluation | None:
         for run in runs:
             if isinstance(run, NeedsOtherModel):
                 run.use_other_model(kept)
-        layout, chunks = open_model(source, config.parallel, config.compute, device)
-        model = Model(config, source, layout, chunks, device, kept)
-        found = tuple(run(model) for run in runs)
-    if not model.writes:
+        model = None
+        if not all(isinstance(run, WithoutModel) for run in runs):
+            layout, chunks = open_model(source, config.parallel, config.compute, device)
+            model = Model(config, source, layout, chunks, device, kept)
+        found = tuple(_run(run, model, kept) for run in runs)
+    if model is not None and not model.writes:
         return None
     results = Results(
         model=source.name,
-        layout=layout.describe(),
+        layout=model.layout.describe() if model is not None else "one process",
         tokenizer_fingerprint=fingerprint_of(source.tokenizer_dir) if source.tokenizer_dir is not None else None,
         settings=settings_of(config, NO_SETTINGS),
         records=tuple(record for part in found for record in part.records),
     )
     return Evaluation(config, results, found, kept)
+
+
+def _run(run: Run | WithoutModel, model: Model | None, kept: Kept) -> Found:
+    if isinstance(run, WithoutModel):
+        return run(kept)
+    assert model is not None
+    return run(model)
 
 
 def settings_of(config: EvaluationConfig, without: tuple[str, ...]) -> dict[str, Any]:

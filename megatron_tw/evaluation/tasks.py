@@ -17,6 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_tw.config.evaluation import EvaluationConfig
+from megatron_tw.data.tokenizer import fingerprint_of, load_tokenizer
 from megatron_tw.evaluation.kept import Kept, is_writer
 from megatron_tw.evaluation.result import EvaluationResult
 from megatron_tw.evaluation.results import Record
@@ -91,8 +92,16 @@ class NeedsOtherModel(ABC):
         """See `tasks`."""
 
 
+class WithoutModel(ABC):
+    """A `run` that asks for no parallel model."""
+
+    @abstractmethod
+    def __call__(self, kept: Kept) -> Found:
+        """In a world of one rank."""
+
+
 Run = Callable[[Model], Found]
-Prepare = Callable[[Setting, Sequence[str]], Run]
+Prepare = Callable[[Setting, Sequence[str]], Run | WithoutModel]
 
 
 def model_length(source: ModelSource) -> int:
@@ -117,7 +126,7 @@ def check_model_length(setting: Setting, tokens: int, option: str = "--seq-lengt
         )
 
 
-def prepare(suite: str, setting: Setting, names: Sequence[str]) -> Run:
+def prepare(suite: str, setting: Setting, names: Sequence[str]) -> Run | WithoutModel:
     """See above.
 
     Raises:
@@ -127,19 +136,34 @@ def prepare(suite: str, setting: Setting, names: Sequence[str]) -> Run:
 
 
 def _suites() -> dict[str, Prepare]:
+    from megatron_tw.evaluation.harness import suites
     from megatron_tw.evaluation.long_ppl import prepare_longppl
     from megatron_tw.evaluation.ruler.suite import prepare_ruler
     from megatron_tw.evaluation.run import prepare_loss
 
-    return {"loss": prepare_loss, "longppl": prepare_longppl, "ruler": prepare_ruler}
+    return {
+        "loss": prepare_loss,
+        "longppl": prepare_longppl,
+        "ruler": prepare_ruler,
+        "mmlu": suites.prepare_mmlu,
+        "bbh": suites.prepare_bbh,
+        "longbench": suites.prepare_longbench,
+        "longbench2": suites.prepare_longbench2,
+    }
 
 
 def tokenizer_folder(source: ModelSource, suite: str) -> Path:
     """The folder of the model's tokenizer, for a suite that makes prompts.
 
     Raises:
-        ValueError: nobody kept it.
+        ValueError: nobody kept it, or it has ids that the model does not have.
     """
-    if source.tokenizer_dir is None:
+    folder = source.tokenizer_dir
+    if folder is None or fingerprint_of(folder) is None:
         raise ValueError(f"--tasks {suite}: {source.name} holds no tokenizer, and the prompts need one")
-    return source.tokenizer_dir
+    tokenizer, vocab_size = load_tokenizer(folder), source.architecture.vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"--tasks {suite}: the tokenizer in {folder} has {tokenizer.vocab_size} ids, the model {vocab_size}"
+        )
+    return folder

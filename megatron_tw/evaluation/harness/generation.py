@@ -1,0 +1,62 @@
+"""lm_eval's own Hugging Face model, for tasks that generate; what it has said is kept, so that a long evaluation goes
+on where it stopped."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_tw.config.evaluation import EvaluationConfig
+from megatron_tw.data.progress import Progress
+from megatron_tw.evaluation.kept import Kept
+
+REQUESTS_PER_PART = 16
+
+
+def hugging_face_lm(folder: Path, config: EvaluationConfig, *, max_length: int, kept: Kept, name: str) -> Any:
+    """An `lm_eval.models.huggingface.HFLM`, in this process, on the GPUs that it sees or on the CPU.
+
+    max_length: tokens of prompt and answer together; longer prompts lose their beginning. name: under which its answers
+    are kept; other requests have another.
+    """
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    class KeptHFLM(HFLM):
+        """Goes through the requests in portions, the longest prompts first."""
+
+        def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+            kept.begin()
+            digest = hashlib.sha256(json.dumps([one.args for one in requests], sort_keys=True).encode()).hexdigest()
+            order = sorted(range(len(requests)), key=lambda index: (-len(requests[index].args[0]), index))
+            portions = [order[at : at + REQUESTS_PER_PART] for at in range(0, len(order), REQUESTS_PER_PART)]
+            answers: dict[int, str] = {}
+            missing = [n for n in range(len(portions)) if not kept.has(_part(name, digest, n))]
+            with Progress(name, sum(len(portions[n]) for n in missing), "requests", show=True) as progress:
+                for number, portion in enumerate(portions):
+                    part = _part(name, digest, number)
+                    if number in missing:
+                        said = super().generate_until([requests[index] for index in portion], disable_tqdm=True)
+                        content = np.frombuffer(json.dumps(said).encode(), dtype=np.uint8)
+                        kept.write(part, {"answers": content})
+                        progress.update(len(portion))
+                    said = json.loads(kept.read(part)["answers"].tobytes())
+                    answers |= dict(zip(portion, said, strict=True))
+            return [answers[index] for index in range(len(requests))]
+
+    on_gpu = torch.cuda.is_available()
+    return KeptHFLM(
+        pretrained=str(folder),
+        device="cuda" if on_gpu else "cpu",
+        dtype="bfloat16" if config.compute.bf16 else "float32",
+        batch_size=config.evaluation.micro_batch_size,
+        max_length=max_length,
+        parallelize=on_gpu and torch.cuda.device_count() > 1,
+    )
+
+
+def _part(name: str, digest: str, number: int) -> str:
+    return f"{name}-{digest[:16]}-{number:06d}"

@@ -1,0 +1,234 @@
+"""MMLU, BBH, LongBench and LongBench v2 by the harness' own task definitions, on made data with the same columns."""
+
+import functools
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from evaluations import flags_of, run_evaluation, values
+from test_harness import WORDS, make_word_model
+from tiny import Axes
+
+pytest.importorskip("lm_eval")
+
+import lm_eval.tasks
+import yaml
+
+from megatron_tw.config import parse_options
+from megatron_tw.config.evaluation import EvaluationConfig
+from megatron_tw.evaluation.harness.datasets import files_of
+from megatron_tw.evaluation.harness.generation import REQUESTS_PER_PART, hugging_face_lm
+from megatron_tw.evaluation.harness.suites import SUITES, found, load_tasks
+from megatron_tw.evaluation.kept import Kept
+
+TASKS = Path(lm_eval.tasks.__file__).parent
+LONGBENCH = [package for package in SUITES[2].needs if importlib.util.find_spec(package) is None]
+
+
+class _Loader(yaml.SafeLoader):
+    """Task definitions hold tags of the harness' own."""
+
+
+_Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+@functools.cache
+def parts_of(folder: str) -> list[str]:
+    """The `dataset_name`s of the tasks in a folder of the harness."""
+    files = sorted((TASKS / folder).rglob("*.yaml"))
+    found = [yaml.load(file.read_text(), Loader=_Loader) for file in files]
+    return sorted({config["dataset_name"] for config in found if config.get("dataset_name")})
+
+
+def words(first: int, count: int) -> str:
+    return " ".join(WORDS[(first * 7 + i * 3) % len(WORDS)] for i in range(count))
+
+
+def write(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_data(folder: Path) -> Path:
+    """All four data sets, small: MMLU and LongBench v2 as parquet, BBH and LongBench as JSON lines."""
+    for number, part in enumerate(parts_of("mmlu/default")):
+        for split, rows in (("dev", 5), ("test", 2)):
+            content = [
+                {"question": words(number + row, 4), "subject": part, "choices": [words(row + i, 2) for i in range(4)],
+                 "answer": (number + row) % 4}
+                for row in range(rows)
+            ]  # fmt: skip
+            write(folder / "cais" / "mmlu" / part / f"{split}-00000-of-00001.parquet", content)
+    for number, part in enumerate(parts_of("bbh/cot_fewshot")):
+        content = [{"input": words(number + row, 5), "target": words(row, 1)} for row in range(3)]
+        write(folder / "SaylorTwift" / "bbh" / part / "test.jsonl", content)
+    for number, part in enumerate(parts_of("longbench")):
+        content = [
+            {"input": words(row, 3), "question": words(row, 3), "context": words(number, 20), "length": 20,
+             "answers": [words(row, 1)], "dataset": part, "language": "en", "all_classes": [words(0, 1), words(1, 1)],
+             "_id": str(row)}
+            for row in range(2)
+        ]  # fmt: skip
+        write(folder / "Xnhyacinth" / "LongBench" / "data" / f"{part}.jsonl", content)
+    for number, part in enumerate(parts_of("longbench2")):
+        content = [
+            {"context": words(number, 60), "question": words(row, 3), "choices": [words(i, 2) for i in range(4)],
+             "answer": (number + row) % 4}
+            for row in range(2)
+        ]  # fmt: skip
+        write(folder / "recursal" / "longbench-v2" / part / "train-00000-of-00001.parquet", content)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("suites")
+    make_word_model(folder / "model")
+    make_data(folder / "data")
+    return folder
+
+
+def options(world: Path, output: Path, *more: str) -> list[str]:
+    return [
+        f"--load-hf={world / 'model'}", f"--eval-data={world / 'data'}", f"--output={output}", "--eval-limit=1",
+        "--micro-batch-size=8", *more,
+    ]  # fmt: skip
+
+
+def own_figures(world: Path, name: str, num_fewshot: int) -> dict[str, float]:
+    """What the harness finds with its own model."""
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    (suite,) = (suite for suite in SUITES if suite.name == name)
+    loaded = load_tasks(suite, world / "data")
+    for task in loaded["tasks"].values():
+        task.set_config(key="num_fewshot", value=num_fewshot)
+        task.set_fewshot_seed(seed=1234)
+    lm = HFLM(pretrained=str(world / "model"), device="cpu", dtype="float32", batch_size=8)
+    results = evaluate(lm, loaded, limit=1, bootstrap_iters=0, log_samples=False)
+    everything = {**results["results"], **results["groups"]}
+    return {task: figures["acc,none"] for task, figures in everything.items() if "acc,none" in figures}
+
+
+def test_multiple_choice_on_the_parallel_model(world, ranks, tmp_path):
+    ranks(2).run(run_evaluation, options(world, tmp_path / "out", "--tasks=longbench2", *flags_of(Axes(cp=2))))
+    own, ours = own_figures(world, "longbench2", 0), values(tmp_path / "out")
+    assert len(own) > len(parts_of("longbench2"))
+    assert 0 < own["longbench2"] < 1
+    for task, accuracy in own.items():
+        assert ours["all" if task == "longbench2" else task, "acc"] == pytest.approx(accuracy)
+
+
+@pytest.mark.full
+def test_mmlu_with_five_shots(world, ranks, tmp_path):
+    ranks(2).run(run_evaluation, options(world, tmp_path / "out", "--tasks=mmlu"))
+    own, ours = own_figures(world, "mmlu", 5), values(tmp_path / "out")
+    assert len(own) > 57
+    assert 0 < own["mmlu"] < 1
+    for task, accuracy in own.items():
+        assert ours["all" if task == "mmlu" else task, "acc"] == pytest.approx(accuracy)
+    loaded = load_tasks(SUITES[0], world / "data")["tasks"]["mmlu_anatomy"]
+    loaded.set_config(key="num_fewshot", value=5)
+    (text, *_) = (doc for doc in [loaded.fewshot_context(loaded.dataset["test"][0], 5)])
+    assert str(text).count("Answer:") == 6
+
+
+def generate(world: Path, output: Path) -> None:
+    """On a rank. One task of BBH, answers of 5 tokens."""
+    from lm_eval.models.huggingface import HFLM
+
+    config = parse_options(["--tasks=bbh", f"--output={output}"], EvaluationConfig)
+    loaded = load_tasks(SUITES[1], world / "data")
+    name = "bbh_cot_fewshot_navigate"
+    task = loaded["tasks"][name]
+    task.set_config(key="generation_kwargs", value={"max_gen_toks": 5, "until": ["</s>"], "do_sample": False})
+    only = {"tasks": {name: task}, "groups": {}, "group_map": {}}
+    lm = hugging_face_lm(world / "model", config, max_length=256, kept=Kept(output, {}), name="bbh")
+    plain = HFLM(pretrained=str(world / "model"), device="cpu", dtype="float32", batch_size=1, max_length=256)
+    ours = found(SUITES[1], only, lm, None).records
+    (record,) = ours
+    assert (record.task, record.metric, record.samples) == (name, "exact_match (get-answer)", 3)
+    assert found(SUITES[1], only, plain, None).records == ours
+
+    asked = list(task.instances[:3]) * (REQUESTS_PER_PART // 3 + 1)
+    told = lm.generate_until(asked)
+    assert told == plain.generate_until(asked[:3]) * (REQUESTS_PER_PART // 3 + 1)
+    resumed = hugging_face_lm(world / "model", config, max_length=256, kept=Kept(output, {}), name="bbh")
+    resumed._model_generate = None  # it must not be asked
+    assert resumed.generate_until(asked) == told
+
+
+def test_generation_is_the_harness_own_and_goes_on(world, ranks, tmp_path):
+    ranks(1).run(generate, world, tmp_path / "out")
+
+
+def test_data_is_found_as_the_hub_has_it(tmp_path):
+    def touch(name: str) -> None:
+        (tmp_path / "a" / "b" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "a" / "b" / name).touch()
+
+    def names(part: str | None) -> dict[str, list[str]]:
+        return {split: [file.name for file in files] for split, files in files_of(tmp_path, "a/b", part).items()}
+
+    assert names("x") == {}
+    touch("x/test-00001-of-00002.parquet")
+    touch("x/test-00000-of-00002.parquet")
+    touch("x/dev-00000-of-00001.parquet")
+    touch("test-00000-of-00001.parquet")
+    touch("data/y.jsonl")
+    assert names("x") == {
+        "dev": ["dev-00000-of-00001.parquet"],
+        "test": ["test-00000-of-00002.parquet", "test-00001-of-00002.parquet"],
+    }
+    assert names("y") == {"train": ["y.jsonl"], "test": ["y.jsonl"]}
+    assert names(None) == {"test": ["test-00000-of-00001.parquet"]}
+    (tmp_path / "a" / "b" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: x\n  data_files:\n  - split: test\n    path: data/y.jsonl\n---\nText\n"
+    )
+    assert names("x") == {"test": ["y.jsonl"]}
+
+
+def test_what_is_missing_is_said_before_the_model_is_loaded(world, ranks, tmp_path):
+    def refused(match: str, *more: str) -> None:
+        with pytest.raises(ValueError, match=match):
+            ranks(1).run(run_evaluation, options(world, tmp_path / "out", *more))
+        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "out.partial").exists()
+
+    refused(
+        r"--tasks mmlu needs cais/mmlu of the Hugging Face hub, of which the part \w+ is missing: expected "
+        r".*/cais/mmlu/\w+/SPLIT-\*\.parquet .*; hf download --repo-type dataset cais/mmlu --local-dir ",
+        "--tasks=mmlu", f"--eval-data={tmp_path}",
+    )  # fmt: skip
+    refused(r"--eval-data: --tasks bbh needs a folder with SaylorTwift/bbh", "--tasks=bbh", "--eval-data=null")
+    refused("--seq-length 256: --tasks bbh generates up to 1024 tokens", "--tasks=bbh")
+    refused("--seq-length 512: .* has a context of 256 tokens", "--tasks=longbench2", "--seq-length=512")
+    own = tmp_path / "recursal" / "longbench-v2"
+    shutil.copytree(world / "data" / "recursal" / "longbench-v2", own)
+    damaged = own / "detective" / "train.jsonl"
+    (own / "detective" / "train-00000-of-00001.parquet").unlink()
+    damaged.write_text("{")
+    refused(r"--eval-data: .*detective/train\.jsonl: no JSON", "--tasks=longbench2", f"--eval-data={tmp_path}")
+    write(damaged, [{"answer": 0}])
+    refused("a column is missing: 'context' is undefined", "--tasks=longbench2", f"--eval-data={tmp_path}")
+
+
+@pytest.mark.skipif(bool(LONGBENCH), reason=f"LongBench's metrics need {', '.join(LONGBENCH)}")
+def test_longbench_is_loaded(world):
+    loaded = load_tasks(SUITES[2], world / "data")
+    assert len(loaded["tasks"]) == 21
+
+
+@pytest.mark.skipif(not LONGBENCH, reason="all packages are there")
+def test_longbench_says_what_it_needs(world, ranks, tmp_path):
+    with pytest.raises(ValueError, match=f"--tasks longbench: needs the package {LONGBENCH[0]}; pip install"):
+        ranks(1).run(run_evaluation, options(world, tmp_path / "out", "--tasks=longbench"))
