@@ -133,3 +133,22 @@ def test_generation_by_lm_evaluation_harness(world: Path, programs: Programs) ->
     record = Results.load(world / "generated").records[0]
     assert (record.task, record.metric, record.samples) == ("niah_single_1", "string_match", 2)
     assert [line["metric"] for line in samples_of(world / "generated")] == ["string_match"] * 2
+
+
+def test_training_reports_exactness(world: Path, programs: Programs) -> None:
+    text = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. " * 40
+    (world / "docs.jsonl").write_text((json.dumps({"text": text}) + "\n") * 3)
+    for options in (
+        "preprocess --input docs.jsonl --tokenizer model --seq-length 640 --output rows",
+        "train --load-hf model --data-path rows --valid-data-path rows --seq-length 640 --train-iters 2 --lr 1e-3 "
+        "--global-batch-size 1 --save run --eval-interval 1 --eval-iters 1 --eval-ruler niah_single_1 "
+        "--eval-ruler-samples 3",
+        "evaluate --load run --tasks niah_single_1 --ruler-lengths 640 --ruler-samples 3 --output trained",
+    ):
+        program, *arguments = options.split()
+        answer = programs.run(program, arguments, world)
+        assert answer.status == 0, answer.stderr
+    steps = [json.loads(line) for line in (world / "run" / "metrics.jsonl").read_text().splitlines()]
+    (record,) = Results.load(world / "trained").records
+    assert [0 <= step["ruler_niah_single_1"] <= 1 for step in steps] == [True, True]
+    assert steps[-1]["ruler_niah_single_1"] == record.value

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 from megatron_tw.config.options import flag
+from megatron_tw.config.ruler import TASKS_WITHOUT_TEXT
 from megatron_tw.config.schema import (
     ActivationConfig,
     CheckpointConfig,
@@ -67,6 +68,15 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
     _require(
         config.train.eval_iters is None or config.train.eval_interval is not None,
         f"--eval-iters {config.train.eval_iters}: expected --eval-interval and --valid-data-path with it",
+    )
+    _at_least(1, eval_ruler_samples=config.train.eval_ruler_samples)
+    for name in config.train.eval_ruler or ():
+        _require(
+            name in TASKS_WITHOUT_TEXT, f"--eval-ruler: expected some of {', '.join(TASKS_WITHOUT_TEXT)}, got {name}"
+        )
+    _require(
+        config.train.eval_ruler is None or config.train.eval_interval is not None,
+        "--eval-ruler: expected --eval-interval and --valid-data-path with it",
     )
     _at_least(0, seed=config.train.seed, bos_id=config.data.bos_id)
     _at_least(1, log_interval=config.logging.log_interval)

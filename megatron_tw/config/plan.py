@@ -84,6 +84,7 @@ class PlanConfig(RunConfig):
             self.train,
             eval_interval=None,
             eval_iters=None,
+            eval_ruler=None,
             exit_interval=None,
             exit_duration_in_mins=None,
             exit_signal_handler=False,

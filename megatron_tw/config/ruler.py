@@ -6,6 +6,9 @@ from typing import Literal
 
 from megatron_tw.config.options import flag
 
+TASKS_WITHOUT_TEXT = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe")
+"""Those that need no file of the user's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RulerOptions:

@@ -221,6 +221,11 @@ class TrainConfig:
     """Steps between two reports of the loss on the rows of --valid-data-path; there is one after the last step too."""
     eval_iters: int | None = None
     """Global batches of held-out rows of one such report (null: all rows)."""
+    eval_ruler: tuple[str, ...] | None = None
+    """RULER tasks, of those that need no outside text, whose exactness such a report tells, in prompts of --seq-length
+    (docs/ruler.md)."""
+    eval_ruler_samples: int = 16
+    """Examples of each of them."""
     exit_interval: int | None = None
     """Stop, with a checkpoint, after an iteration that this divides."""
     exit_duration_in_mins: int | None = None

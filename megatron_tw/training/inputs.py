@@ -8,12 +8,14 @@ import torch.distributed as dist
 
 from megatron_tw.config import RunConfig, check_config, check_own_windows, data_parallel_size
 from megatron_tw.data.rows import TOKENIZER_DIR, TokenRows
+from megatron_tw.evaluation.ruler.scoring import Work
 from megatron_tw.model.build import check_export_target
 from megatron_tw.parallel.devices import prepare_device
 from megatron_tw.runtime.opening import check_attention, open_rows
 from megatron_tw.runtime.optimizer import optimizer_fields
 from megatron_tw.runtime.run_folder import check_save_target, find_checkpoint
 from megatron_tw.runtime.source import ModelSource, open_source
+from megatron_tw.training.ruler import open_ruler
 from megatron_tw.training.scorers import ScorerInputs, ScorerMaker, check_scorer_options, open_scorer
 from megatron_tw.training.settings import Settings
 from megatron_tw.weighting.options import schedule_from_options
@@ -34,6 +36,8 @@ class Inputs:
     make_scorer: ScorerMaker | None
     valid_rows: TokenRows | None
     tokenizer_dir: Path | None
+    ruler: Work | None = None
+    """RULER's examples for --eval-ruler."""
 
 
 def open_inputs(config: RunConfig) -> Inputs:
@@ -77,7 +81,8 @@ def open_inputs(config: RunConfig) -> Inputs:
         make_scorer = open_scorer(
             ScorerInputs(config=config, windows=settings.windows, rows=rows, bos_id=settings.bos_id, source=source)
         )
-    tokenizer_dir = rows.path / TOKENIZER_DIR
+    of_rows = rows.path / TOKENIZER_DIR
+    tokenizer_dir = of_rows if of_rows.is_dir() else source.tokenizer_dir
     return Inputs(
         rows=rows,
         source=source,
@@ -85,7 +90,8 @@ def open_inputs(config: RunConfig) -> Inputs:
         settings=settings,
         make_scorer=make_scorer,
         valid_rows=valid_rows,
-        tokenizer_dir=tokenizer_dir if tokenizer_dir.is_dir() else source.tokenizer_dir,
+        tokenizer_dir=tokenizer_dir,
+        ruler=open_ruler(config, tokenizer_dir) if config.train.eval_ruler else None,
     )
 
 

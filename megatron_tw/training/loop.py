@@ -34,6 +34,7 @@ from megatron_tw.runtime.outputs import hold_export, hold_run
 from megatron_tw.runtime.run_folder import RunState, begin_again
 from megatron_tw.training.flops import StepFlops, rates
 from megatron_tw.training.inputs import Inputs, open_inputs, outdated
+from megatron_tw.training.ruler import ruler_metrics
 from megatron_tw.training.scorers import TrainedModel
 from megatron_tw.training.step import TrainingStep
 from megatron_tw.training.validation import Validation
@@ -176,6 +177,10 @@ class Run:
                     ):
                         now_at(f"the held-out rows after step {self.iteration}")
                         metrics |= self.validation.metrics(self.step.model)
+                        if self.inputs.ruler is not None:
+                            metrics |= ruler_metrics(
+                                self.inputs.ruler, self.step.model, config, self.layout, self.step.device
+                            )
                     if log is not None:
                         log.write(self._with_run_metrics(metrics))
                     reason = exits.reason(self.iteration)

@@ -103,7 +103,7 @@ def scores_of_texts(examples: Examples, texts: Sequence[str]) -> Scored:
         prompt = examples.example(index)
         parts = [prompt.answers] if examples.task.any_answer else [(answer,) for answer in prompt.answers]
         scores = tuple(examples.task.string_match(text, part) for part in parts)
-        samples.append(Sample(prompt=prompt, scores=scores))
+        samples.append(Sample(prompt=prompt, scores=scores, more={"said": text}))
     return Scored(name=examples.name, length=examples.length, samples=tuple(samples))
 
 

@@ -21,7 +21,7 @@ def tokenize(prompt: Prompt, encoder: Encoder, first_ids: tuple[int, ...] = ()) 
 
     The ids of the prompt are those that it has without the completion, as when a model generates. The completion's are
     those that follow in both texts together; where the tokenizer merges across the border, those of the completion
-    alone.
+    alone. A space before an answer is its own only where it shares a token with it.
     """
     prompt_ids = encoder.encode(prompt.text)
     start = prompt.text.rfind("\n") + 1  # the last line is enough to see how the completion goes on
@@ -33,7 +33,7 @@ def tokenize(prompt: Prompt, encoder: Encoder, first_ids: tuple[int, ...] = ()) 
     offset = len(first_ids) + len(prompt_ids) - len(line_ids)
     spans = []
     for first, last in prompt.spans:
-        before = encoder.encode(line + prompt.completion[:first].rstrip())
+        before = encoder.encode(line + prompt.completion[:first])
         until = encoder.encode(line + prompt.completion[:last])
         begin, end = _shared(before, whole), _shared(until, whole)
         end += end < len(until)  # the answer's last letters share a token with what follows

@@ -124,10 +124,11 @@ def ruler_exactness(
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """An example and its score, 0 to 1; of each answer where that is known."""
+    """An example and its scores, 0 to 1: one of each answer, where that is known. more: what else is known of it."""
 
     prompt: Prompt
     scores: tuple[float, ...]
+    more: Mapping[str, str | bool]
 
     @property
     def score(self) -> float:
@@ -156,8 +157,8 @@ class Scored:
 def scores_of(examples: Examples, flags: Flags) -> Scored:
     """The examples with what `ruler_exactness` found of them."""
     samples = (
-        Sample(prompt=examples.example(index), scores=tuple(map(float, answers)))
-        for index, answers in enumerate(flags["answers"])
+        Sample(prompt=examples.example(index), scores=tuple(map(float, answers)), more={"exact": bool(exact)})
+        for index, (answers, exact) in enumerate(zip(flags["answers"], flags["exact"], strict=True))
     )
     return Scored(name=examples.name, length=examples.length, samples=tuple(samples))
 
@@ -210,6 +211,7 @@ def _sample_lines(scored: Sequence[Scored], metric: str) -> bytes:
                 "depths": sample.prompt.depths,
                 "scores": list(sample.scores),
                 "metric": metric,
+                **sample.more,
             }
         )
         for task in scored
