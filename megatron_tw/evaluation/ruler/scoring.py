@@ -58,13 +58,17 @@ def open_examples(
         for name in names
         if (text := TASKS[name].text) is not None and getattr(texts, text) is None
     }
-    return Work(
-        examples=tuple(
+    try:
+        examples = tuple(
             Examples(name, length, tokenizer, texts, seed=options.ruler_seed, first_tokens=len(first_ids))
             for length in lengths
             for name in names
             if name not in missing
-        ),
+        )
+    except ValueError as error:
+        raise ValueError(f"--ruler-lengths: {error}") from error
+    return Work(
+        examples=examples,
         not_run=missing,
         lengths=tuple(lengths),
         samples=options.ruler_samples,
