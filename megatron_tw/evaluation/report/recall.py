@@ -45,6 +45,8 @@ class Answers:
             arrays = numpy_file(file.read_bytes(), file)
         except OSError as error:
             raise ValueError(f"--answers: {file}: {error.strerror}") from error
+        except ValueError as error:
+            raise ValueError(f"--answers: {error}") from error
         if not isinstance(arrays, dict) or any(name not in arrays for name in ARRAYS):
             raise ValueError(f"--answers: {file}: expected the arrays {', '.join(ARRAYS)}")
         for name in ARRAYS:
