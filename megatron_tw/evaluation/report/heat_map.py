@@ -209,7 +209,13 @@ def _tokens(shown: HeatMap) -> str:
     for first, stop in shown.segments:
         if first > end:
             parts.append(_gap(_tokens_between(shown.text, end, first)))
-        parts += [_token(shown, number, can_be_tabbed_to=number == first_stop) for number in range(first, stop)]
+        for number in range(first, stop):
+            text = _visible(shown.text.pieces[number].text)
+            if first and number == first:  # it ends the line before, and indents this one
+                text = text[text.rfind("\n") + 1 :] if text.strip() == "" else text
+            if stop < len(shown.text.pieces) and number == stop - 1:
+                text = text.rstrip()
+            parts.append(_token(shown, number, text, can_be_tabbed_to=number == first_stop))
         end = stop
     if end < len(shown.text.pieces):
         parts.append(_gap(_tokens_between(shown.text, end, len(shown.text.pieces))))
@@ -220,15 +226,15 @@ def _gap(tokens: int) -> str:
     return f'<span class="gap">{tokens:,} tokens left out</span>'
 
 
-def _token(shown: HeatMap, number: int, *, can_be_tabbed_to: bool) -> str:
+def _token(shown: HeatMap, number: int, text: str, *, can_be_tabbed_to: bool) -> str:
     figures = shown.figures[number]
-    text = _visible(shown.text.pieces[number].text)
     if not figures:
         return f'<span class="no-target" id="t{number}">{escape(text)}</span>'
     levels = [level(max(one.weights[i] for one in figures), largest) for i, largest in enumerate(shown.largest)]
     classes = ["token"]
     classes += ["is-key"] if any(one.key for one in figures) else []
-    classes += ["is-newline"] if text.startswith("\n") and not text.strip() else []
+    ends_line = not text.strip() and (text.startswith("\n") or not text)
+    classes += ["is-newline"] if ends_line else []
     data = ";".join(
         " ".join([str(one.position), f"{one.long_nll:.3f}", f"{one.short_nll:.3f}", f"{one.key:d}"]
                  + [f"{weight:.3g}" for weight in one.weights])
@@ -319,8 +325,9 @@ def _one_line(text: str) -> str:
 def _whole_lines(text: Row, first: int, stop: int, reach: int) -> tuple[int, int]:
     """Pieces first .. stop - 1, and up to `reach` more on either side, to where a line begins and ends."""
     for start in range(first, max(0, first - reach) - 1, -1):
-        if start == 0 or "\n" in text.pieces[start - 1].text:
-            first = start
+        before = text.pieces[start - 1].text if start else "\n"
+        if "\n" in before:
+            first = start - 1 if before.endswith((" ", "\t")) else start  # with its indentation
             break
     for end in range(stop, min(len(text.pieces), stop + reach) + 1):
         if end == len(text.pieces) or "\n" in text.pieces[end - 1].text:
