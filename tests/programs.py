@@ -34,7 +34,7 @@ TOOLS = {
     "plan": "plan",
 }
 LATER = [
-    *("megatron_tw.training.loop", "megatron_tw.evaluation.program", "megatron_tw.evaluation.run"),
+    *("megatron_tw.training.loop", "megatron_tw.evaluation.program", "megatron_tw.evaluation.loss"),
     *("megatron_tw.programs.scoring", "megatron_tw.programs.convert", "megatron_tw.data.verify"),
     *("megatron_tw.planning.run", "megatron_tw.planning.table", "megatron_tw.planning.picture"),
     *("megatron.core.datasets.indexed_dataset", "pyarrow.parquet", "transformers.models.llama.modeling_llama"),

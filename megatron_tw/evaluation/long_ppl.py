@@ -39,9 +39,9 @@ from megatron_tw.data.vocabulary import check_scorer_vocabulary
 from megatron_tw.evaluation.compare import paired_difference
 from megatron_tw.evaluation.kept import Kept, is_writer
 from megatron_tw.evaluation.key_tokens import GAIN, LONGPPL_MAX_LONG_NLL, key_tokens, long_ppl
+from megatron_tw.evaluation.loss import nll_of_rows
 from megatron_tw.evaluation.position import mean_nll
 from megatron_tw.evaluation.results import Record
-from megatron_tw.evaluation.run import nll_of_rows
 from megatron_tw.evaluation.tasks import Found, Model, NeedsOtherModel, Run, Setting, check_model_length
 from megatron_tw.model.forward import ShortWindowForward
 from megatron_tw.model.gpt import TokenWeightedGPT

@@ -138,8 +138,8 @@ def prepare(suite: str, setting: Setting, names: Sequence[str]) -> Run | Without
 def _suites() -> dict[str, Prepare]:
     from megatron_tw.evaluation.harness import suites
     from megatron_tw.evaluation.long_ppl import prepare_longppl
+    from megatron_tw.evaluation.loss import prepare_loss
     from megatron_tw.evaluation.ruler.suite import prepare_ruler
-    from megatron_tw.evaluation.run import prepare_loss
 
     return {
         "loss": prepare_loss,

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from megatron_tw.config import RunConfig
 from megatron_tw.data.rows import TokenRows
+from megatron_tw.evaluation.loss import nll_of_rows
 from megatron_tw.evaluation.position import mean_nll, nll_by_position, position_edges
-from megatron_tw.evaluation.run import nll_of_rows
 from megatron_tw.parallel.devices import Device
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.training.settings import Settings
