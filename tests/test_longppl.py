@@ -109,6 +109,33 @@ def test_another_evaluator_and_its_cache(world, ranks, tmp_path):
         ranks(1).run(run_evaluation, options(world, tmp_path / "fourth", *more))
 
 
+def test_the_published_package_says_the_same(world, ranks, tmp_path):
+    """Of the ids of a row: they are given to it as a text whose characters are the tokens."""
+    from longppl.longppl import compute_longppl
+
+    rows = TokenRows(world / "rows")
+    model, other = (
+        transformers.AutoModelForCausalLM.from_pretrained(world / name, dtype=torch.float32)
+        for name in ("model", "other")
+    )
+
+    def tokenizer(row: int, **_: object) -> dict[str, torch.Tensor]:
+        places = torch.arange(N)
+        return {
+            "input_ids": torch.from_numpy(rows[row])[None],
+            "offset_mapping": torch.stack((places, places + 1), dim=1)[None],
+        }
+
+    nll, tokens = 0.0, 0
+    for row in range(len(rows)):
+        found = compute_longppl(row, model, other, tokenizer, tokenizer, trunc_len=K, sliding_window=STRIDE)
+        nll += found["n_key_token"] * math.log(found["longppl"])
+        tokens += found["n_key_token"]
+    ranks(1).run(run_evaluation, options(world, tmp_path / "out", f"--longppl-evaluator={world / 'other'}"))
+    assert values(tmp_path / "out")["all", "longppl"] == pytest.approx(math.exp(nll / tokens), rel=1e-4)
+    assert np.load(tmp_path / "out" / "longppl_key_tokens.npz")["key"].sum() == tokens
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("axes", [Axes(tp=2), Axes(pp=2), Axes(dp=2), Axes(tp=2, cp=2)], ids=lambda axes: axes.name)
 def test_layouts_agree(axes, world, ranks, tmp_path):
