@@ -348,3 +348,21 @@ loop.train(RunConfig(data=DataConfig(data_path="d", seq_length=8), train=TrainCo
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["Ring", "True"]
+
+
+def test_programs_start_without_the_compiler() -> None:
+    """What Megatron-Core hands to torch.compile is compiled when it is first called."""
+    code = """
+import sys, torch
+compile_now = torch.compile
+import megatron_tw.training.loop
+from megatron.core.jit import jit_fuser
+assert torch.compile is compile_now
+assert jit_fuser is not compile_now
+assert not {"torch._inductor.compile_fx", "torch._dynamo"} & sys.modules.keys()
+twice = jit_fuser(lambda x: 2 * x, backend="eager")
+assert "torch._dynamo" not in sys.modules
+assert twice(torch.ones(2)).tolist() == [2, 2]
+assert "torch._dynamo" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -22,6 +22,7 @@ from types import ModuleType
 import numpy as np
 import numpy.typing as npt
 
+from megatron_tw.config.late_compile import compile_late
 from megatron_tw.data.files import check_index, check_sizes, header_json, index_size, load_int64, read_header
 
 FORMAT = "megatron_tw token rows"
@@ -315,7 +316,7 @@ def check_rows(rows: TokenRows, *, seq_length: int, model_vocab_size: int | None
 
 def _import_indexed_dataset() -> ModuleType:
     """Megatron-Core's module, imported on first use: that takes seconds, which tokenizing processes need not spend."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), compile_late():
         warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed", category=UserWarning)
         from megatron.core.datasets import indexed_dataset
     module: ModuleType = indexed_dataset

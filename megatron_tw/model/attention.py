@@ -15,7 +15,6 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from megatron_tw.model.context_gather import GatherKeysValues, gathered_again
 from megatron_tw.model.sequence import SequenceShard
@@ -100,11 +99,13 @@ class ContextParallelAttention(MegatronModule):
         return {}
 
 
-def bottom_right_causal(queries: int, keys: int) -> CausalBias:
+def bottom_right_causal(queries: int, keys: int) -> Tensor:
     """The bias of `torch.nn.attention.bias.causal_lower_right`: query i of the last `queries` positions sees keys up to
     its own. That function hands its arguments on to `Tensor.__new__`, which takes them for a shape: an fp32 tensor
     [2, queries, keys] on the host that nobody reads, 137 GB for a million tokens. This one holds no data.
     """
-    bias = torch.Tensor._make_subclass(CausalBias, torch.empty(0))
+    from torch.nn.attention.bias import CausalBias, CausalVariant  # imports PyTorch's compiler: not where CP is 1
+
+    bias: Any = torch.Tensor._make_subclass(CausalBias, torch.empty(0))
     CausalBias.__init__(bias, CausalVariant.LOWER_RIGHT, queries, keys)
     return bias
