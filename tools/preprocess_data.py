@@ -12,13 +12,15 @@ DESCRIPTION = """\
 Prepares documents as rows of token ids for training and evaluation.
 
 A document is cut into rows of BOS + N-1 tokens. A row never holds two documents, and a document's last piece shorter
-than that is dropped. Rows are stored in input order, in Megatron's indexed dataset format.
+than that is dropped. Rows are stored in input order, in Megatron's indexed dataset format. With --pack a row holds
+several documents and their boundaries, and nothing is dropped.
 """
 EPILOG = """\
 examples:
   tools/preprocess_data.py --input books/ --tokenizer llama3/ --seq-length 32768 --output rows_32k --workers 16
   tools/preprocess_data.py --input 'src/**/*.py' --tokenizer spm.model --seq-length 2048 --output rows
   tools/preprocess_data.py --input ids.jsonl --tokenizer none --vocab-size 320 --bos-id 1 --seq-length 256 --output rows
+  tools/preprocess_data.py --input notes.jsonl --tokenizer llama3/ --seq-length 32768 --pack --output packed_32k
   tools/preprocess_data.py --verify rows
 """
 
@@ -52,6 +54,18 @@ def build_parser() -> ToolParser:
     tokens.add_argument("--bos-id", type=int, metavar="ID", help="BOS token, if not the tokenizer's own")
     rows = parser.add_argument_group("Rows", "What is written, and by how many processes.")
     rows.add_argument("--seq-length", type=int, metavar="N", help="tokens of a row, BOS included")
+    rows.add_argument(
+        "--pack",
+        action="store_true",
+        help="several documents in a row: attention stays inside each, positions and windows start anew",
+    )
+    rows.add_argument(
+        "--pack-multiple",
+        type=int,
+        metavar="P",
+        help="with --pack: each document is padded to a multiple of P tokens, which 2 x context- x tensor-parallel "
+        "size must divide when the rows are used [128]",
+    )
     rows.add_argument("--output", type=path, metavar="DIR", help="new or empty folder for the rows")
     rows.add_argument("--workers", type=int, default=1, metavar="W", help="processes that tokenize; same result [1]")
     verification = parser.add_argument_group("Verification", "Instead of all this.")
@@ -70,9 +84,28 @@ def summary(header: RowsHeader) -> str:
     dropped = counts.tokens_dropped / counts.tokens
     return (
         f"{counts.documents:,} documents, {counts.tokens:,} tokens -> "
-        f"{counts.rows:,} rows of {header.seq_length:,} tokens\n"
+        f"{counts.rows:,} rows of {header.seq_length:,} tokens\n{_packing(header)}"
         f"{counts.documents_too_short:,} documents too short for a row; "
         f"{counts.tokens_dropped:,} tokens dropped ({dropped:.1%})"
+    )
+
+
+def _pack_multiple(pack: bool, multiple: int | None) -> int | None:
+    if not pack:
+        if multiple is not None:
+            raise ValueError(f"--pack-multiple {multiple}: expected --pack with it")
+        return None
+    return 128 if multiple is None else multiple
+
+
+def _packing(header: RowsHeader) -> str:
+    packing = header.packing
+    if packing is None:
+        return ""
+    share = packing.padding_tokens / (header.counts.rows * header.seq_length)
+    return (
+        f"packed: {packing.documents:,} documents and pieces at multiples of {packing.multiple:,} tokens; "
+        f"{packing.padding_tokens:,} tokens of padding ({share:.1%})\n"
     )
 
 
@@ -100,6 +133,7 @@ def main(argv: Sequence[str]) -> None:
             text_key=options.text_key,
             vocab_size=options.vocab_size,
             bos_id=options.bos_id,
+            pack_multiple=_pack_multiple(options.pack, options.pack_multiple),
             workers=options.workers,
             progress=True,
         )

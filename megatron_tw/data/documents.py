@@ -22,6 +22,8 @@ import numpy.typing as npt
 JSON_SUFFIXES = (".jsonl", ".json")
 PARQUET_SUFFIX = ".parquet"
 DIRECTORY_SUFFIXES = (".txt", ".jsonl", PARQUET_SUFFIX)
+MASK_KEY = "loss_mask"
+"""JSON key or parquet column beside ready ids: 1 where the token at the same place is to be learned, else 0."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Document:
     """Where it stands, for errors: FILE or FILE:LINE."""
     file_bytes: int
     """Its share of the input file's bytes, for progress."""
+    targets: npt.NDArray[np.bool_] | None = None
+    """Of ready ids: which of them count as targets (`loss_mask`), as many; None: the data does not say."""
 
 
 def expand_inputs(inputs: Sequence[str | Path]) -> tuple[list[Path], int]:
@@ -130,7 +134,9 @@ def _read_json_lines(file: Path, key: str, ready_ids: bool) -> Iterator[Document
                 raise ValueError(f"{location}: expected a JSON object, got {type(record).__name__}")
             if key not in record:
                 raise ValueError(f'{location}: no key "{key}" among {list(record)} (see --text-key)')
-            yield Document(_content(record[key], key, ready_ids, location), location, len(line))
+            content = _content(record[key], key, ready_ids, location)
+            targets = _targets(record[MASK_KEY], content, location) if ready_ids and MASK_KEY in record else None
+            yield Document(content, location, len(line), targets)
     if empty:
         raise ValueError(f"{file}: the file holds no documents, only blank lines")
 
@@ -149,11 +155,15 @@ def _read_parquet(file: Path, key: str, ready_ids: bool) -> Iterator[Document]:
                 raise ValueError(f"{file}: the table has no rows")
             file_bytes = file.stat().st_size // table.metadata.num_rows
             row_number = 0
-            for batch in table.iter_batches(batch_size=256, columns=[key]):
-                for value in batch.column(0):
+            masked = ready_ids and MASK_KEY in table.schema_arrow.names
+            for batch in table.iter_batches(batch_size=256, columns=[key, MASK_KEY] if masked else [key]):
+                masks = batch.column(MASK_KEY) if masked else [None] * len(batch)
+                for value, mask in zip(batch.column(key), masks, strict=True):
                     row_number += 1
                     location = f"{file}: row {row_number}"
-                    yield Document(_content(value.as_py(), key, ready_ids, location), location, file_bytes)
+                    content = _content(value.as_py(), key, ready_ids, location)
+                    targets = _targets(mask.as_py(), content, location) if masked else None
+                    yield Document(content, location, file_bytes, targets)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file}: not a readable parquet file: {error}") from error
 
@@ -173,6 +183,19 @@ def _content(value: Any, key: str, ready_ids: bool, location: str) -> str | npt.
         return np.array(value, dtype=np.int64)
     except OverflowError as error:
         raise ValueError(f'{location}: "{key}" holds an id beyond 64 bits') from error
+
+
+def _targets(value: Any, ids: str | npt.NDArray[np.int64], location: str) -> npt.NDArray[np.bool_]:
+    """The mask beside ready ids; its first entry means nothing, for the first token is nobody's target."""
+    if not isinstance(value, list) or not all(item in (0, 1) for item in value):
+        raise ValueError(f'{location}: "{MASK_KEY}" must be a list of 0 and 1')
+    if len(value) != len(ids):
+        raise ValueError(f'{location}: "{MASK_KEY}" must have as many entries as there are ids, {len(ids)}; got '
+                         f"{len(value)}")  # fmt: skip
+    targets = np.array(value, dtype=bool)
+    if not targets[1:].any():
+        raise ValueError(f'{location}: "{MASK_KEY}" leaves no target')
+    return targets
 
 
 def _decode(content: bytes, file: Path, first_line: int = 1) -> str:

@@ -11,7 +11,7 @@ never changes the rows of a step.
 Shapes: B rows of a micro-batch, N tokens of a row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,23 @@ class Batch:
     """int64 [B]: which rows of the dataset they are."""
     valid: torch.Tensor | None = None
     """bool [B, N-1], which targets count; None: all of them."""
+    documents: torch.Tensor | None = None
+    """int64 [D, 3], always on the CPU: of each document of packed rows its row in the micro-batch, where it begins
+    there, and its tokens without padding (0: padding alone); None: each row is one document."""
+
+
+def read_batch(rows: TokenRows, index: Sequence[int]) -> Batch:
+    """These rows of a dataset, in this order."""
+    read = [rows.read(row) for row in index]
+    valid = [row.valid for row in read if row.valid is not None]
+    documents = [np.insert(row.documents, 0, place, axis=1)
+                 for place, row in enumerate(read) if row.documents is not None]  # fmt: skip
+    return Batch(
+        torch.from_numpy(np.stack([row.tokens for row in read])),
+        torch.tensor(index, dtype=torch.int64),
+        torch.from_numpy(np.stack(valid)) if valid else None,
+        torch.from_numpy(np.concatenate(documents)) if documents else None,
+    )
 
 
 class Loader:
@@ -149,9 +166,7 @@ class Loader:
             dp_size=self.dp_size,
             micro_batch_size=self.micro_batch_size,
         )
-        row_index = [self.order[sample] for sample in samples]
-        tokens_BN = np.stack([self.rows[row] for row in row_index])
-        return Batch(torch.from_numpy(tokens_BN), torch.tensor(row_index, dtype=torch.int64))
+        return read_batch(self.rows, [self.order[sample] for sample in samples])
 
     def state_dict(self) -> dict[str, Any]:
         """Where the data stands (`consumed_samples`), and what it must be for that number to mean the same."""

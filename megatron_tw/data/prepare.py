@@ -2,7 +2,8 @@
 
     1. read       documents come from the input files in order                  (this process)
     2. tokenize   a group of documents at a time; cut into rows of BOS + N-1    (worker processes)
-    3. write      rows in input order, counts, header; then rename the folder   (this process)
+    3. pack       with --pack: several documents in a row (packing.py)          (this process)
+    4. write      rows in input order, counts, header; then rename the folder   (this process)
 
 The result is the same, byte for byte, with any number of workers. Shapes: R rows, N tokens of a row (`seq_length`).
 """
@@ -23,8 +24,9 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from megatron_tw.data.documents import Document, expand_inputs, read_documents
+from megatron_tw.data.documents import MASK_KEY, Document, expand_inputs, read_documents
 from megatron_tw.data.files import new_folder
+from megatron_tw.data.packing import PackedRow, Packer, Piece
 from megatron_tw.data.progress import Progress
 from megatron_tw.data.rows import TOKENIZER_DIR, RowCounts, RowsHeader, RowsWriter, TokenizerInfo, file_digests
 from megatron_tw.data.tokenizer import Tokenizer, load_tokenizer
@@ -46,6 +48,12 @@ class CutDocument:
     num_tokens: int
     """Of the whole document, without BOS."""
     file_bytes: int
+    rest: npt.NDArray[np.int32] | None = None
+    """For packed rows: what is left after them, as a shorter piece [tokens]; BOS is in front as in a row."""
+    targets: npt.NDArray[np.bool_] | None = None
+    """Of a ready document: which tokens count."""
+    location: str = ""
+    """For errors."""
 
 
 def cut_rows(token_ids: npt.NDArray[np.int32], *, seq_length: int, bos_id: int) -> npt.NDArray[np.int32]:
@@ -73,6 +81,7 @@ def prepare_rows(
     bos_id: int | None = None,
     workers: int = 1,
     progress: bool = False,
+    pack_multiple: int | None = None,
 ) -> RowsHeader:
     """Prepares the rows of `inputs` in the new folder `output` (what it holds: rows.py).
 
@@ -85,6 +94,8 @@ def prepare_rows(
         bos_id: BOS of ready ids, for the header; with a tokenizer, used instead of its BOS.
         workers: processes that tokenize; 1 tokenizes in this one.
         progress: show a progress bar.
+        pack_multiple: several documents in a row, each beginning at a multiple of so many tokens; ready documents may
+            then be shorter than a row. None: a row never holds two documents, and what is shorter is dropped.
 
     Raises:
         ValueError: bad option or input; names the option, or the file and line.
@@ -95,6 +106,9 @@ def prepare_rows(
         raise ValueError(f"--seq-length {seq_length}: a row needs at least 2 tokens")
     if workers < 1:
         raise ValueError(f"--workers {workers}: at least 1 is needed")
+    pack = pack_multiple is not None
+    if pack_multiple is not None and (pack_multiple < 1 or seq_length % pack_multiple):
+        raise ValueError(f"--pack-multiple {pack_multiple}: expected a divisor of --seq-length {seq_length}")
     files, repeated = expand_inputs(inputs)
     if repeated and progress:
         print(f"--input: {repeated} files were named more than once; each of the {len(files)} files is read once")
@@ -104,17 +118,23 @@ def prepare_rows(
     key = text_key or ("input_ids" if ready_ids else "text")
 
     with new_folder(output) as folder:
-        writer = RowsWriter(folder, seq_length=seq_length, vocab_size=vocab_size, bos_id=bos_id)
+        writer = RowsWriter(
+            folder, seq_length=seq_length, vocab_size=vocab_size, bos_id=bos_id, pack_multiple=pack_multiple
+        )
         documents = read_documents(files, key=key, ready_ids=ready_ids)
         cut: Iterable[CutDocument]
         if loaded is None:
-            cut = (_ready_row(document, seq_length, vocab_size) for document in documents)
+            cut = (_ready_row(document, seq_length, vocab_size, pack) for document in documents)
         else:
             assert bos_id is not None
-            cut = _tokenize(documents, loaded, seq_length, bos_id, workers)
+            cut = _tokenize(documents, loaded, seq_length, bos_id, workers, pack)
         total_bytes = sum(file.stat().st_size for file in files)
         with Progress("preparing rows", total_bytes, "B", show=progress, scale=True) as bar:
-            counts, longest = _write(cut, writer, bar, tokens_per_row=seq_length if ready_ids else seq_length - 1)
+            counts, longest = _write(
+                cut, writer, bar, seq_length if ready_ids else seq_length - 1, _packer(seq_length, pack_multiple)
+            )
+        if counts.rows == 0 and pack:
+            raise ValueError(f"--input: expected a document with a target, got {counts.documents} without any")
         if counts.rows == 0:
             raise ValueError(
                 f"--seq-length {seq_length}: no document is long enough for one row of BOS + {seq_length - 1} tokens; "
@@ -155,28 +175,38 @@ def _vocabulary(
     return vocab_size, bos_id
 
 
-def _ready_row(document: Document, seq_length: int, vocab_size: int | None) -> CutDocument:
+def _packer(seq_length: int, multiple: int | None) -> Packer | None:
+    return None if multiple is None else Packer(seq_length, multiple)
+
+
+def _ready_row(document: Document, seq_length: int, vocab_size: int | None, pack: bool) -> CutDocument:
     ids = document.content
     assert isinstance(ids, np.ndarray)
-    if len(ids) != seq_length:
-        raise ValueError(f"{document.location}: a ready row must have --seq-length {seq_length} ids, got {len(ids)}")
+    if len(ids) > seq_length or (len(ids) < seq_length and not pack):
+        most = "at most " if pack else ""
+        raise ValueError(
+            f"{document.location}: a ready row must have {most}--seq-length {seq_length} ids, got {len(ids)}"
+        )
     limit = LARGEST_STORED_ID + 1 if vocab_size is None else vocab_size
-    if ids.min() < 0 or ids.max() >= limit:
+    if len(ids) and (ids.min() < 0 or ids.max() >= limit):
         position = int(np.flatnonzero((ids < 0) | (ids >= limit))[0])
         raise ValueError(
             f"{document.location}: id {ids[position]} at position {position} is not in 0..{limit - 1} (--vocab-size)"
         )
-    return CutDocument(ids.astype(np.int32)[None], len(ids), document.file_bytes)
+    row_1N = ids.astype(np.int32)[None]
+    rest = row_1N[0] if pack and len(ids) > 1 else None
+    rows_RN = row_1N[:0] if pack else row_1N
+    return CutDocument(rows_RN, len(ids), document.file_bytes, rest, document.targets, document.location)
 
 
 def _tokenize(
-    documents: Iterable[Document], tokenizer: Tokenizer, seq_length: int, bos_id: int, workers: int
+    documents: Iterable[Document], tokenizer: Tokenizer, seq_length: int, bos_id: int, workers: int, pack: bool
 ) -> Iterator[CutDocument]:
-    groups = _groups(documents)
+    groups, how = _groups(documents), (seq_length, bos_id, pack)
     if workers == 1:
-        results: Iterable[list[CutDocument]] = (_cut_group(tokenizer, seq_length, bos_id, group) for group in groups)
+        results: Iterable[list[CutDocument]] = (_cut_group(tokenizer, *how, group) for group in groups)
     else:
-        results = _map_in_order(partial(_cut_group_in_worker, tokenizer.path, seq_length, bos_id), groups, workers)
+        results = _map_in_order(partial(_cut_group_in_worker, tokenizer.path, *how), groups, workers)
     for group in results:
         yield from group
 
@@ -195,18 +225,24 @@ def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield group
 
 
-def _cut_group(tokenizer: Tokenizer, seq_length: int, bos_id: int, group: list[Document]) -> list[CutDocument]:
+def _cut_group(
+    tokenizer: Tokenizer, seq_length: int, bos_id: int, pack: bool, group: list[Document]
+) -> list[CutDocument]:
     cut = []
     for document in group:
         assert isinstance(document.content, str)
         ids = np.array(tokenizer.encode(document.content), dtype=np.int32)
         rows_RN = cut_rows(ids, seq_length=seq_length, bos_id=bos_id)
-        cut.append(CutDocument(rows_RN, len(ids), document.file_bytes))
+        left = ids[len(rows_RN) * (seq_length - 1) :]
+        rest = np.concatenate(([np.int32(bos_id)], left)) if pack and len(left) else None
+        cut.append(CutDocument(rows_RN, len(ids), document.file_bytes, rest))
     return cut
 
 
-def _cut_group_in_worker(path: Path, seq_length: int, bos_id: int, group: list[Document]) -> list[CutDocument]:
-    return _cut_group(_worker_tokenizer(path), seq_length, bos_id, group)
+def _cut_group_in_worker(
+    path: Path, seq_length: int, bos_id: int, pack: bool, group: list[Document]
+) -> list[CutDocument]:
+    return _cut_group(_worker_tokenizer(path), seq_length, bos_id, pack, group)
 
 
 @cache
@@ -270,25 +306,56 @@ def _map_in_order(function: Callable[[Task], Result], tasks: Iterable[Task], wor
         pool.shutdown(cancel_futures=True)
 
 
-def _write(cut: Iterable[CutDocument], writer: RowsWriter, bar: Progress, tokens_per_row: int) -> tuple[RowCounts, int]:
+def _write(
+    cut: Iterable[CutDocument], writer: RowsWriter, bar: Progress, tokens_per_row: int, packer: Packer | None
+) -> tuple[RowCounts, int]:
     """Writes all rows; returns the counts and the length of the longest document in tokens."""
-    documents = tokens = rows = too_short = longest = 0
+    documents = tokens = rows = too_short = longest = dropped = 0
+    masked: bool | None = None
     for document in cut:
-        num_rows = len(document.rows)
-        if num_rows:
-            offsets_R = np.arange(num_rows, dtype=np.int64) * tokens_per_row
-            writer.add_document(document.rows, documents, offsets_R)
+        if masked not in (None, document.targets is not None):
+            expected = f"as {'the' if masked else 'no'} document before has one"
+            raise ValueError(f'{document.location}: "{MASK_KEY}": expected {"one" if masked else "none"}, {expected}')
+        masked = document.targets is not None
+        num_rows, num_rest = len(document.rows), 0
+        offsets_R = np.arange(num_rows, dtype=np.int64) * tokens_per_row
+        if packer is not None:
+            for piece in _pieces(document, documents, offsets_R, tokens_per_row):
+                rows += _write_packed(packer.add(piece), writer)
+            num_rest = int(document.rest is not None)
+        elif num_rows:
+            marks = None if document.targets is None else document.targets[None]
+            writer.add_document(document.rows, documents, offsets_R, marks)
+            rows += num_rows
         documents += 1
         tokens += document.num_tokens
-        rows += num_rows
-        too_short += num_rows == 0
+        too_short += num_rows + num_rest == 0
+        if not num_rest:
+            dropped += document.num_tokens - num_rows * tokens_per_row
         longest = max(longest, document.num_tokens)
         bar.update(document.file_bytes)
+    if packer is not None:
+        rows += _write_packed(packer.finish(), writer)
     counts = RowCounts(
-        documents=documents,
-        tokens=tokens,
-        rows=rows,
-        documents_too_short=too_short,
-        tokens_dropped=tokens - rows * tokens_per_row,
+        documents=documents, tokens=tokens, rows=rows, documents_too_short=too_short, tokens_dropped=dropped
     )
     return counts, longest
+
+
+def _pieces(
+    document: CutDocument, number: int, offsets_R: npt.NDArray[np.int64], tokens_per_row: int
+) -> Iterator[Piece]:
+    """A document as packed rows take it: its whole rows, and what is left."""
+    for row_N, offset in zip(document.rows, offsets_R.tolist(), strict=True):
+        yield Piece(row_N, None, number, offset)
+    if document.rest is not None:
+        yield Piece(document.rest, document.targets, number, len(document.rows) * tokens_per_row)
+
+
+def _write_packed(rows: Iterable[PackedRow], writer: RowsWriter) -> int:
+    """Writes packed rows; returns how many."""
+    count = 0
+    for row in rows:
+        writer.add_document(row.ids[None], row.document, np.array([row.offset], dtype=np.int64), row.marks)
+        count += 1
+    return count

@@ -5,7 +5,10 @@
     DIR/rows_documents.npy    [R, 2] int64: number of the row's document, and the offset in it of the row's first token.
                               A row's BOS is no token of its document: row token i >= 1 is its token offset + i - 1.
                               Ready rows are their whole document: row token i is its token i
-    DIR/rows_digests.npy      [R] int64: a digest of each row's ids, compared whenever a row is read
+    DIR/rows_marks.bin        packed or masked rows alone: bits [R, 1 or 3, N], each row of bits filled up to bytes:
+                              which tokens are targets; of packed rows also where documents begin, and which tokens are
+                              padding. Their row in rows_documents.npy is the place of the first document
+    DIR/rows_digests.npy      [R] int64: a digest of each row's ids and marks, compared whenever a row is read
     DIR/tokenizer/            the tokenizer's files (not with ready ids)
 
 Shapes: R rows, N tokens of a row (`seq_length`).
@@ -18,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -26,11 +30,12 @@ from megatron_tw.config.late_compile import compile_late
 from megatron_tw.data.files import check_index, check_sizes, header_json, index_size, load_int64, read_header
 
 FORMAT = "megatron_tw token rows"
-FORMAT_VERSION = 2
-"""Version 1 had no digests of the rows."""
+FORMAT_VERSION = 3
+"""Version 1 had no digests of the rows, version 2 neither packed nor masked rows."""
 HEADER_FILE = "dataset.json"
 DOCUMENTS_FILE = "rows_documents.npy"
 DIGESTS_FILE = "rows_digests.npy"
+MARKS_FILE = "rows_marks.bin"
 TOKENIZER_DIR = "tokenizer"
 STORED_DTYPES = ("uint16", "int32")
 
@@ -63,6 +68,31 @@ class RowCounts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How several documents came into a row."""
+
+    multiple: int
+    """Every document begins at a multiple of it, in tokens."""
+    documents: int
+    """In all rows; one that was cut counts once a piece."""
+    padding_tokens: int
+    """Tokens of all rows that are of no document."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as it was written. N tokens, D documents.
+
+    tokens: int64 [N]. valid: bool [N - 1], which targets count; None: all do. documents: int64 [D, 2], where each
+    document of a packed row begins and its tokens without padding (0: padding alone); None: the row is one document.
+    """
+
+    tokens: npt.NDArray[np.int64]
+    valid: npt.NDArray[np.bool_] | None = None
+    documents: npt.NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class RowsHeader:
     """dataset.json."""
 
@@ -80,6 +110,21 @@ class RowsHeader:
     """sha256 (hex) of the rows and their places in the documents: what scores made from these rows refer to."""
     digests: str | None = None
     """sha256 (hex) of rows_documents.npy's and rows_digests.npy's numbers; None in version 1."""
+    masked: bool = False
+    """Whether the data said which targets count (`loss_mask`)."""
+    packing: Packing | None = None
+    """None: a row is of one document."""
+
+    @property
+    def marks(self) -> int:
+        """Kinds of marks that rows_marks.bin holds of every token."""
+        return 3 if self.packing is not None else int(self.masked)
+
+    @property
+    def boundaries(self) -> int:
+        """Document boundaries in rows.idx; a packed row counts as one document there."""
+        counts = self.counts
+        return 1 + (counts.rows if self.packing is not None else counts.documents - counts.documents_too_short)
 
     def to_json(self) -> str:
         return header_json(FORMAT, FORMAT_VERSION, self)
@@ -89,7 +134,7 @@ class RowsHeader:
         """Raises ValueError for a file of another kind or version, with a field that is missing, unknown or of another
         type, or with fields that contradict each other."""
         remedy = "prepare the rows again with tools/preprocess_data.py"
-        header = read_header(file, RowsHeader, FORMAT, (1, FORMAT_VERSION), remedy=remedy)
+        header = read_header(file, RowsHeader, FORMAT, (1, 2, FORMAT_VERSION), remedy=remedy)
         if problem := header.contradiction():
             raise ValueError(f"{file}: {problem}; the file is damaged: {remedy}")
         return header
@@ -107,8 +152,11 @@ class RowsHeader:
         if self.bos_id is not None and not 0 <= self.bos_id < limit:
             return f"bos_id {self.bos_id} is no id of a vocabulary of {limit} tokens"
         kept = counts.documents - counts.documents_too_short
-        if min(dataclasses.astuple(counts)) < 0 or not 1 <= kept <= counts.rows:
+        most = counts.rows if self.packing is None else self.packing.documents
+        if min(dataclasses.astuple(counts)) < 0 or counts.rows < 1 or not 1 <= kept <= most:
             return f"counts: {counts.rows} rows of {kept} documents"
+        if self.packing is not None and not (self.packing.multiple >= 1 and self.packing.padding_tokens >= 0):
+            return f"packing: {self.packing}"
         return None
 
 
@@ -118,14 +166,26 @@ class RowsWriter:
     Args:
         seq_length: N.
         vocab_size: decides the ids' dtype (None: int32).
+        pack_multiple: of packed rows; None: each row is of one document.
     """
 
-    def __init__(self, folder: Path, *, seq_length: int, vocab_size: int | None, bos_id: int | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        seq_length: int,
+        vocab_size: int | None,
+        bos_id: int | None,
+        pack_multiple: int | None = None,
+    ) -> None:
         indexed_dataset = _import_indexed_dataset()
         self._folder = folder
         self._seq_length = seq_length
         self._vocab_size = vocab_size
         self._bos_id = bos_id
+        self._pack_multiple = pack_multiple
+        self._packed_documents = self._padding_tokens = 0
+        self._marks: BinaryIO | None = None
         self._dtype = np.dtype(indexed_dataset.DType.optimal_dtype(vocab_size))
         self._builder = indexed_dataset.IndexedDatasetBuilder(str(folder / "rows.bin"), dtype=self._dtype.type)
         self._documents: list[npt.NDArray[np.int64]] = []
@@ -133,10 +193,21 @@ class RowsWriter:
         self._largest_id = 0
         self._digest = hashlib.sha256(f"{seq_length} {self._dtype.name} ".encode())
 
-    def add_document(self, rows_RN: npt.NDArray[np.integer], document: int, offsets_R: npt.NDArray[np.int64]) -> None:
-        """Appends the rows of one document, given its number and each row's token offset in it."""
+    def add_document(
+        self,
+        rows_RN: npt.NDArray[np.integer],
+        document: int,
+        offsets_R: npt.NDArray[np.int64],
+        marks_KN: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Appends the rows of one document, given its number and each row's token offset in it; or one packed row.
+
+        marks_KN: of a single row, as rows_marks.bin has them; in every call, or in none.
+        """
         assert rows_RN.shape == (len(offsets_R), self._seq_length)
         assert len(offsets_R) > 0
+        assert marks_KN is None or len(rows_RN) == 1
+        assert len(self._documents) == 0 or (self._marks is None) == (marks_KN is None)
         smallest, largest = int(rows_RN.min()), int(rows_RN.max())
         assert 0 <= smallest <= largest <= np.iinfo(self._dtype).max
         assert self._vocab_size is None or largest < self._vocab_size
@@ -144,14 +215,31 @@ class RowsWriter:
         rows_RN = np.ascontiguousarray(rows_RN, dtype=self._dtype)
         self._builder.add_document(rows_RN, [self._seq_length] * len(rows_RN))
         self._digest.update(rows_RN.tobytes())
-        self._digests += map(row_digest, rows_RN)
+        if marks_KN is None:
+            self._digests += map(row_digest, rows_RN)
+        else:
+            self._digests.append(row_digest(rows_RN[0], self._write_marks(marks_KN)))
         self._documents.append(np.stack([np.full_like(offsets_R, document), offsets_R], axis=1))
+
+    def _write_marks(self, marks_KN: npt.NDArray[np.bool_]) -> bytes:
+        bits = np.packbits(marks_KN, axis=1).tobytes()
+        if self._marks is None:
+            self._marks = (self._folder / MARKS_FILE).open("wb")
+        self._marks.write(bits)
+        self._digest.update(bits)
+        if self._pack_multiple is not None:
+            _, starts_N, padding_N = marks_KN
+            self._padding_tokens += int(padding_N.sum())
+            self._packed_documents += int((starts_N & ~padding_N).sum())
+        return bits
 
     def close(self, counts: RowCounts, tokenizer: TokenizerInfo | None) -> RowsHeader:
         """Writes the index, the places in the documents and the header."""
         documents_R2 = np.concatenate(self._documents)
         assert len(documents_R2) == counts.rows
         self._builder.finalize(str(self._folder / "rows.idx"))
+        if self._marks is not None:
+            self._marks.close()
         np.save(self._folder / DOCUMENTS_FILE, documents_R2)
         self._digest.update(documents_R2.tobytes())
         digests_R = np.array(self._digests, dtype=np.int64)
@@ -166,6 +254,14 @@ class RowsWriter:
             counts=counts,
             fingerprint=self._digest.hexdigest(),
             digests=digest_of_all(documents_R2, digests_R),
+            masked=self._marks is not None and self._pack_multiple is None,
+            packing=None
+            if self._pack_multiple is None
+            else Packing(
+                multiple=self._pack_multiple,
+                documents=self._packed_documents,
+                padding_tokens=self._padding_tokens,
+            ),
         )
         (self._folder / HEADER_FILE).write_text(header.to_json(), encoding="utf-8")
         return header
@@ -201,6 +297,10 @@ class TokenRows:
                     "damaged, or of another dataset"
                 )
         self._check_tokenizer()
+        self._marks_RKB: npt.NDArray[np.uint8] | None = None
+        if self.header.marks:
+            shape = len(self), self.header.marks, -(-self.header.seq_length // 8)
+            self._marks_RKB = np.memmap(self.path / MARKS_FILE, dtype=np.uint8, mode="r", shape=shape)
         # Rows are copied out of its memory map, for a view of a freed map crashes the process.
         self._dataset = indexed_dataset.IndexedDataset(str(self.path / "rows"))
 
@@ -208,13 +308,23 @@ class TokenRows:
         return self.header.counts.rows
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
+        return self.read(index).tokens
+
+    def read(self, index: int) -> Row:
+        """Row `index`, with what is marked in it.
+
+        Raises:
+            ValueError: it is not what was written.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} rows")
         row_N: npt.NDArray[np.int64] = self._dataset[int(index)].astype(np.int64)  # a copy, never a view
+        bits_KB = None if self._marks_RKB is None else np.array(self._marks_RKB[index])
         if self.digests_R is not None:
-            if row_digest(row_N) != self.digests_R[index]:
+            if row_digest(row_N, b"" if bits_KB is None else bits_KB.tobytes()) != self.digests_R[index]:
+                what = "ids" if bits_KB is None else f"ids or marks ({MARKS_FILE})"
                 raise ValueError(
-                    f"{self.path / 'rows.bin'}: the ids of row {index} are not those that were written: the file is "
+                    f"{self.path / 'rows.bin'}: the {what} of row {index} are not those that were written: the file is "
                     "damaged; prepare the rows again with tools/preprocess_data.py (--verify finds every such row)"
                 )
         elif not 0 <= row_N.min() <= row_N.max() <= self.header.largest_id:
@@ -223,11 +333,15 @@ class TokenRows:
                 f"{self.path / 'rows.bin'}: row {index}, position {position}: id {row_N[position]}, but {HEADER_FILE} "
                 f"says that the largest is {self.header.largest_id}: the file is damaged"
             )
-        return row_N
+        if bits_KB is None:
+            return Row(row_N)
+        targets_N, *of_packed = np.unpackbits(bits_KB, axis=1, count=len(row_N)).astype(bool)
+        return Row(row_N, targets_N[1:], _documents(*of_packed) if of_packed else None)
 
-    def stored_bytes(self, index: int) -> bytes:
-        """A row as it lies in rows.bin, not compared with anything."""
-        return self._dataset[int(index)].tobytes()
+    def stored_bytes(self, index: int) -> tuple[bytes, bytes]:
+        """A row as it lies in rows.bin and in rows_marks.bin, not compared with anything."""
+        marks = b"" if self._marks_RKB is None else self._marks_RKB[index].tobytes()
+        return self._dataset[int(index)].tobytes(), marks
 
     def _check_tokenizer(self) -> None:
         """That the tokenizer's files, which checkpoints and exports are given, are those that were written."""
@@ -244,12 +358,13 @@ class TokenRows:
 
     def _check_files(self, dtype_code: int) -> None:
         """What IndexedDataset would meet with an assert, a crash, or not at all."""
-        header, counts = self.header, self.header.counts
-        boundaries = counts.documents - counts.documents_too_short + 1
+        header, counts, boundaries = self.header, self.header.counts, self.header.boundaries
         sizes = {
             "rows.bin": counts.rows * header.seq_length * np.dtype(header.dtype).itemsize,
             "rows.idx": index_size(counts.rows, boundaries),
         }
+        if header.marks:
+            sizes[MARKS_FILE] = counts.rows * header.marks * -(-header.seq_length // 8)
         check_sizes(self.path, sizes, "dataset")
         itemsize = np.dtype(header.dtype).itemsize
         check_index(self.path / "rows.idx", dtype_code, itemsize, counts.rows, header.seq_length, boundaries, "dataset")
@@ -261,9 +376,19 @@ def file_digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def row_digest(row_N: npt.NDArray[np.integer]) -> int:
-    """The first 8 bytes of a hash of a row's ids, as a signed integer."""
-    digest = hashlib.blake2b(row_N.astype("<i4").tobytes(), digest_size=8).digest()
+def _documents(starts_N: npt.NDArray[np.bool_], padding_N: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """[D, 2] as `Row` has them.
+
+    >>> _documents(np.array([1, 0, 0, 0, 1, 0], bool), np.array([0, 0, 0, 1, 1, 1], bool)).tolist()
+    [[0, 3], [4, 0]]
+    """
+    starts_D = np.flatnonzero(starts_N)
+    return np.stack([starts_D, np.add.reduceat((~padding_N).astype(np.int64), starts_D)], axis=1)
+
+
+def row_digest(row_N: npt.NDArray[np.integer], marks: bytes = b"") -> int:
+    """The first 8 bytes of a hash of a row's ids and marks, as a signed integer."""
+    digest = hashlib.blake2b(row_N.astype("<i4").tobytes() + marks, digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
@@ -286,7 +411,9 @@ def check_fingerprint(rows: TokenRows, *, progress: Callable[[int], object] = la
     header = rows.header
     digest = hashlib.sha256(f"{header.seq_length} {header.dtype} ".encode())
     for row in range(len(rows)):
-        digest.update(rows.stored_bytes(row))
+        ids, marks = rows.stored_bytes(row)
+        digest.update(ids)
+        digest.update(marks)
         progress(1)
     digest.update(rows.documents_R2.tobytes())
     if digest.hexdigest() != header.fingerprint:
@@ -303,6 +430,8 @@ def check_rows(rows: TokenRows, *, seq_length: int, model_vocab_size: int | None
         ValueError: rows of another length than `--seq-length`, or ids that the model's vocabulary (unpadded) has not.
     """
     header = rows.header
+    if header.marks:
+        raise ValueError(f"{rows.path}: packed or masked rows: nothing reads their marks yet")
     if header.seq_length != seq_length:
         raise ValueError(f"{rows.path}: dataset rows of {header.seq_length} tokens, --seq-length {seq_length}")
     data_vocab_size = header.largest_id + 1 if header.vocab_size is None else header.vocab_size

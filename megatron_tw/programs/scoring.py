@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_tw.config.scoring import ScoringConfig, check_scoring
 from megatron_tw.data.progress import Progress
-from megatron_tw.data.rows import TokenRows
+from megatron_tw.data.rows import TokenRows, check_rows
 from megatron_tw.data.score_parts import ScoreParts, rows_per_part
 from megatron_tw.data.scores import ScoresHeader
 from megatron_tw.data.vocabulary import check_scorer_vocabulary
@@ -45,6 +45,7 @@ def score_tokens(config: ScoringConfig) -> Path:
     options, folder = config.scoring, config.scorer_folder
     with named("--data-path"):
         rows = TokenRows(options.data_path)
+        check_rows(rows, seq_length=rows.header.seq_length)
     seq_length = rows.header.seq_length
     windows = config.windows_of(seq_length)
     source = open_source(config.model, load=None, seq_length=seq_length)
