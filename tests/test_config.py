@@ -114,7 +114,7 @@ def test_the_later_of_two_files_wins(tmp_path: Path) -> None:
         (["--config", "missing.yaml"], "--config: expected a YAML file, got 'missing.yaml'"),
         (["--config"], "--config: expected a YAML file"),
         (["--save", ""], "--save: expected a string or null, got an empty text"),
-        (["--data-path", " "], "--data-path: expected a string, got an empty text"),
+        (["--data-path", " "], "--data-path: expected one path or more, got an empty text"),
         (["--transforms", '["minus", ""]'], "--transforms: expected a list of strings or null, got an empty text"),
         (["--seed", str(2**63)], "--seed: expected an integer of 64 bits, got 9223372036854775808"),
     ],

@@ -32,7 +32,7 @@ from megatron_tw.config import (
 )
 
 BASE = RunConfig(
-    data=DataConfig(data_path="rows", seq_length=256),
+    data=DataConfig(data_path=("rows",), seq_length=256),
     train=TrainConfig(train_iters=3),
     model=ModelConfig(load_hf="model"),
 )
@@ -176,6 +176,20 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"save": "s", "exit_duration_in_mins": 0}, "--exit-duration-in-mins: expected 1 or more"),
     ({"save": "s", "exit_interval": 0}, "--exit-interval: expected 1 or more"),
     ({"save": "rows"}, "--save: expected another folder than --data-path, got rows for both"),
+    (
+        {"save": "more", "data_path": ("0.7", "rows", "0.3", "more")},
+        "--save: expected another folder than --data-path, got more for both",
+    ),
+    ({"data_path": ()}, "--data-path: expected one folder or more, got none"),
+    ({"data_path": ("rows", "0.3", "more")}, "--data-path: expected folders, or WEIGHT FOLDER WEIGHT FOLDER ..., got"),
+    ({"data_path": ("rows", "2")}, "--data-path: expected folders, or WEIGHT FOLDER WEIGHT FOLDER ..., got rows 2"),
+    ({"data_path": ("nan", "rows", "1", "more")}, "--data-path: expected positive weights, got nan"),
+    ({"data_path": ("1", "rows", "inf", "more")}, "--data-path: expected positive weights, got inf"),
+    ({"data_path": ("rows", "./rows")}, "--data-path: expected each folder once, got rows 2 times"),
+    (
+        {"data_path": ("rows", "more"), "scores": ("scores",)},
+        "--scores: expected 2 folders, one for each of --data-path in their order, got 1",
+    ),
     ({"save": "./model"}, "--save: expected another folder than --load-hf"),
     ({"save": "out", "pretrained_checkpoint": "out"}, "--save: expected another folder than the run of --pretrained"),
     ({"save_hf": "./model"}, "--save-hf: expected another folder than --load-hf"),

@@ -107,7 +107,7 @@ def test_hardware_flops_are_those_of_a_step(name: str, rows: Path, ranks: Any) -
     options: dict[str, Any] = {
         "parallel": axes.parallel(),
         "model": ModelConfig(load_hf=str(TINY_LLAMA)),
-        "data": DataConfig(data_path=str(rows), seq_length=SEQ_LENGTH),
+        "data": DataConfig(data_path=(str(rows),), seq_length=SEQ_LENGTH),
         "train": TrainConfig(train_iters=1, global_batch_size=4),
         "weighting": WeightingOptions(weighting=weighting),
         "windows": WINDOWS,

@@ -222,7 +222,7 @@ def our_steps_on_rank(data: Examples, rows: Path, steps: int) -> list[dict[str, 
     config = RunConfig(
         parallel=Axes(dp=2).parallel(),
         model=ModelConfig(load_hf=str(TINY_LLAMA)),
-        data=DataConfig(data_path=str(rows), seq_length=SEQ_LENGTH),
+        data=DataConfig(data_path=(str(rows),), seq_length=SEQ_LENGTH),
         train=TrainConfig(train_iters=steps, global_batch_size=4),
         weighting=WeightingOptions(weighting="dense", interpolation=0.75),
         windows=WindowsConfig(short_window=WINDOW, short_stride=STRIDE),

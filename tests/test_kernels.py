@@ -343,7 +343,7 @@ def joined(parallel):
     print(os.environ["NCCL_ALGO"], torch.are_deterministic_algorithms_enabled())
     raise SystemExit
 loop.join_world = joined
-loop.train(RunConfig(data=DataConfig(data_path="d", seq_length=8), train=TrainConfig(train_iters=1),
+loop.train(RunConfig(data=DataConfig(data_path=("d",), seq_length=8), train=TrainConfig(train_iters=1),
                      kernels=KernelConfig(deterministic_mode=True)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -23,7 +23,7 @@ from megatron_tw.training.scorers import check_scorer_options
 from megatron_tw.training.scorers.base import _SCORERS
 
 BASE = RunConfig(
-    data=DataConfig(data_path="rows", seq_length=256),
+    data=DataConfig(data_path=("rows",), seq_length=256),
     train=TrainConfig(train_iters=3),
     model=ModelConfig(load_hf="model"),
     windows=WindowsConfig(short_window=64),

@@ -244,7 +244,7 @@ def scores_of_two(axes: Axes, configs) -> list[torch.Tensor | None]:
 def test_live_scores_equal_cached_scores(axes, ranks, rows, tmp_path):
     ranks(1).run(make_scores, scoring_options(rows, tmp_path / "scores"))
     live = ScorerConfig(scorer="frozen", scorer_hf=str(TINY_LLAMA))
-    cached = ScorerConfig(scorer="frozen", scores=str(tmp_path / "scores"))
+    cached = ScorerConfig(scorer="frozen", scores=(str(tmp_path / "scores"),))
     configs = [options(axes, rows, weighting=DENSE, scorer=scorer) for scorer in (live, cached)]
     answered = 0
     for live_RT, cached_RT in ranks(axes.world_size).run(scores_of_two, axes, configs):

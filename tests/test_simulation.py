@@ -113,7 +113,7 @@ def options(case: Case, model: Path, rows: Path) -> RunConfig:
     sections = {
         "parallel": case.axes.parallel(),
         "model": ModelConfig(load_hf=str(model)),
-        "data": DataConfig(data_path=str(rows), seq_length=LENGTH, bos_id=BOS),
+        "data": DataConfig(data_path=(str(rows),), seq_length=LENGTH, bos_id=BOS),
         "train": TrainConfig(train_iters=2, global_batch_size=case.microbatches * case.axes.dp),
         "weighting": DENSE,
         "windows": WindowsConfig(short_window=WINDOW),

@@ -37,7 +37,7 @@ def job(axes: Axes, *, layers: int, microbatches: int, rank: int = 0, **changes:
     sections = {
         "parallel": axes.parallel(),
         "compute": ComputeConfig(bf16=True),
-        "data": DataConfig(data_path="nowhere", seq_length=LENGTH),
+        "data": DataConfig(data_path=("nowhere",), seq_length=LENGTH),
         "train": TrainConfig(train_iters=2, global_batch_size=microbatches * axes.dp),
         "weighting": WeightingOptions(weighting="dense"),
         "windows": WindowsConfig(short_window=512),
@@ -109,7 +109,7 @@ def test_scorers_and_memory_that_lingers() -> None:
     """The moving average is 4 bytes a weight; cached scores need no scoring pass; a second model is simulated."""
     base = job(Axes(), layers=2, microbatches=1)
     second = parse_architecture(LLAMA | {"num_hidden_layers": 1}, "config.json")
-    cached = replace(base.config, scorer=ScorerConfig(scorer="frozen", scores="nowhere"))
+    cached = replace(base.config, scorer=ScorerConfig(scorer="frozen", scores=("nowhere",)))
     live = replace(base.config, scorer=ScorerConfig(scorer="frozen", scorer_hf="nowhere"))
     ema = replace(base.config, scorer=ScorerConfig(scorer="ema"))
     own, average, stored, other = simulate_all(

@@ -57,7 +57,7 @@ def first(data, ranks, tmp_path_factory) -> Path:
         model=ModelConfig(load_hf=str(TINY_LLAMA), rotary_base=20000.0),
         checkpoint=CheckpointConfig(save=str(save), save_hf=f"{save}-hf"),
     )
-    rows = DataConfig(data_path=str(data[FIRST_LENGTH]), seq_length=FIRST_LENGTH, shuffle=False)
+    rows = DataConfig(data_path=(str(data[FIRST_LENGTH]),), seq_length=FIRST_LENGTH, shuffle=False)
     ranks(2).run(run_all, [replace(config, data=rows)])
     return save
 
@@ -166,7 +166,7 @@ def test_what_cannot_be_started_from_is_named(change, options_of, message, first
         config = replace(config, model=ModelConfig(load_hf=str(tmp_path / options_of["load_hf"])))
     if "length" in options_of:
         length = options_of["length"]
-        config = replace(config, data=DataConfig(data_path=str(data[length]), seq_length=length))
+        config = replace(config, data=DataConfig(data_path=(str(data[length]),), seq_length=length))
     with pytest.raises(ValueError, match=message):
         ranks(2).run(run_all, [config])
     assert not (tmp_path / "run").exists()

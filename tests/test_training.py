@@ -51,7 +51,7 @@ UNFROZEN = ScorerConfig()
 LIVE = ScorerConfig(scorer="frozen", scorer_hf=str(TINY_LLAMA))
 # A moving average that keeps everything of itself stays the initial model, which is the frozen scorer of the reference.
 EMA = ScorerConfig(scorer="ema", scorer_ema_decay=1.0)
-CACHED = ScorerConfig(scorer="frozen", scores="scores")
+CACHED = ScorerConfig(scorer="frozen", scores=("scores",))
 TRAJECTORIES = [
     ("trajectory_uniform", WeightingOptions(), UNFROZEN),
     ("trajectory_dense_unfrozen", DENSE, UNFROZEN),
@@ -112,7 +112,7 @@ def options(axes: Axes, data: Path, **changes) -> RunConfig:
     sections = {
         "parallel": axes.parallel(),
         "model": ModelConfig(load_hf=str(TINY_LLAMA)),
-        "data": DataConfig(data_path=str(data), seq_length=SEQ_LENGTH, shuffle=False, bos_id=BOS),
+        "data": DataConfig(data_path=(str(data),), seq_length=SEQ_LENGTH, shuffle=False, bos_id=BOS),
         "train": TrainConfig(train_iters=12, global_batch_size=2),
         "optimizer": OptimizationConfig(lr=1e-3, weight_decay=0.01, clip_grad=1.0, adam_beta1=0.9, adam_beta2=0.95),
         "windows": WINDOWS,
@@ -187,7 +187,7 @@ def reference_scores(reference_data, ranks) -> Path:
 @pytest.mark.core
 @pytest.mark.parametrize(("axes", "trajectories"), EVERY_LAYOUT)
 def test_trajectories(axes, trajectories, ranks, reference, reference_data, reference_scores):
-    cached = replace(CACHED, scores=str(reference_scores))
+    cached = replace(CACHED, scores=(str(reference_scores),))
     for name, weighting, scorer in trajectories:
         config = options(axes, reference_data, weighting=weighting, scorer=cached if scorer is CACHED else scorer)
         by_rank = [metrics for (metrics,) in ranks(axes.world_size).run(run_steps, axes, [config])]

@@ -49,6 +49,7 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
         check_fp8_tokens(config.parallel, config.data.seq_length, config.train.micro_batch_size)
     check_weighting(config.weighting)
     check_scorer(config.scorer)
+    check_data(config.data, config.scorer)
     check_seq_length(config.parallel, config.data.seq_length)
     check_windows(config.windows, config.data.seq_length)
     check_optimizer(config.optimizer)
@@ -368,6 +369,15 @@ def check_optimizer(optimizer: OptimizationConfig) -> None:
     )
 
 
+def check_data(data: DataConfig, scorer: ScorerConfig) -> None:
+    """That --data-path makes sense (`split_blend`), and that --scores names as many folders."""
+    folders, scores = len(data.folders), scorer.scores
+    _require(
+        scores is None or len(scores) == folders,
+        f"--scores: expected {folders} folders, one for each of --data-path in their order, got {len(scores or ())}",
+    )
+
+
 def check_checkpoint(checkpoint: CheckpointConfig, model: ModelConfig, data: DataConfig, train: TrainConfig) -> None:
     """That there is something to start from, and that what is asked to be written has its own place."""
     pretrained = checkpoint.pretrained_checkpoint
@@ -389,16 +399,17 @@ def check_checkpoint(checkpoint: CheckpointConfig, model: ModelConfig, data: Dat
         ("exit_signal_handler", train.exit_signal_handler or None),
     ):
         _require(value is None or checkpoint.save is not None, f"{flag(name)}: expected --save with it")
-    sources = {"load_hf": model.load_hf, "data_path": data.data_path, "valid_data_path": data.valid_data_path}
+    sources = [("load_hf", model.load_hf), ("valid_data_path", data.valid_data_path)]
+    sources += [("data_path", folder) for folder in data.folders]
     for target, folder, others in (
         ("save", checkpoint.save, sources),
         (
             "save_hf",
             checkpoint.save_hf,
-            {**sources, "save": checkpoint.save, "load": checkpoint.load, "pretrained_checkpoint": pretrained},
+            [*sources, ("save", checkpoint.save), ("load", checkpoint.load), ("pretrained_checkpoint", pretrained)],
         ),
     ):
-        for name, other in others.items():
+        for name, other in others:
             _require(
                 folder is None or other is None or Path(folder).resolve() != Path(other).resolve(),
                 f"{flag(target)}: expected another folder than {flag(name)}, got {folder} for both",

@@ -57,7 +57,7 @@ def parse_options(argv: Sequence[str], schema: type[Schema], *, prog: str = "", 
         _check_yaml(file, options)
     origins = _files_of_values(files, flags, options)
     remember_options({}, origins)
-    arguments = [f"--config={_as_flags_take_it(file)}" for file in files] + _join_lists(flags, options)
+    arguments = [f"--config={_as_flags_take_it(file, options)}" for file in files] + _join_lists(flags, options)
     try:
         values = vars(parser.parse_args(arguments))
     except ArgumentError as error:
@@ -75,8 +75,15 @@ def flat_options(config: object) -> dict[str, Any]:
     """Every option of `config` by its YAML key, as plain YAML values."""
     assert is_dataclass(config)
     groups = [getattr(config, group.name) for group in fields(config)]
-    values = {field.name: getattr(group, field.name) for group in groups for field in fields(group)}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    options = {field.name: (field, getattr(group, field.name)) for group in groups for field in fields(group)}
+    return {name: _plain(value, bool(field.metadata.get("paths"))) for name, (field, value) in options.items()}
+
+
+def _plain(value: Any, paths: bool) -> Any:
+    """A value as YAML has it; of `paths` a single one is no list."""
+    if not isinstance(value, tuple):
+        return value
+    return value[0] if paths and len(value) == 1 else list(value)
 
 
 def save_config(config: object, path: str | Path) -> None:
@@ -171,6 +178,11 @@ def _check_flags(flags: Sequence[str], options: dict[str, Option]) -> None:
         name = argument.partition("=")[0]
         if name.startswith("--") and name not in known:
             raise ValueError(unknown_option(name, known))
+    one_value = {flag(name) for name, option in options.items() if not option.is_list and option.type is not bool}
+    for before, value, next_one in zip(flags, flags[1:], flags[2:], strict=False):
+        if before in one_value and not value.startswith("--") and not next_one.startswith("--"):
+            expected = options[before[2:].replace("-", "_")].expected
+            raise ValueError(f"{before}: expected {expected}, got more than one value: {value} {next_one}")
 
 
 def _check_yaml(file: str, options: dict[str, Option]) -> None:
@@ -211,11 +223,14 @@ def _check_repeated(file: str, option: str, mapping: yaml.MappingNode) -> None:
         seen.add(name)
 
 
-def _as_flags_take_it(file: str) -> str:
-    """The YAML file's name; or, where weighting_schedule is a list of stages or a mapping, or weighting_parameters a
-    mapping, its content with the texts that the flags take."""
+def _as_flags_take_it(file: str, options: dict[str, Option]) -> str:
+    """The YAML file's name; or, where weighting_schedule is a list of stages or a mapping, weighting_parameters a
+    mapping, or paths are given, its content with the texts that the flags take."""
     content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     texts: dict[str, Any] = {}
+    for name in (name for name in content if options[name].paths and content[name] is not None):
+        paths = content[name] if isinstance(content[name], list) else [content[name]]
+        texts[name] = [str(item) if type(item) in (int, float) else item for item in paths]
     schedule, parameters = content.get("weighting_schedule"), content.get("weighting_parameters")
     if isinstance(schedule, list | dict):
         stages = [
@@ -256,7 +271,7 @@ def _join_lists(flags: Sequence[str], options: dict[str, Option]) -> list[str]:
     >>> _join_lists(["--transforms", "minus", "shift 2", "--bf16"], options_of(RunConfig))
     ['--transforms=["minus", "shift 2"]', '--bf16']
     """
-    lists = {flag(name): get_args(option.type)[0] for name, option in options.items() if option.is_list}
+    lists = {flag(name): option for name, option in options.items() if option.is_list}
     joined: list[str] = []
     position = 0
     while position < len(flags):
@@ -271,9 +286,12 @@ def _join_lists(flags: Sequence[str], options: dict[str, Option]) -> list[str]:
             position += 1
         if not values:
             raise ValueError(f"{name}: expected values, got none ([] is the empty list)")
-        if values[0] != "null" and not values[0].startswith("["):
-            items = [item.strip() for value in values for item in value.split(",")]
-            values = ["[" + ", ".join(json.dumps(item) if lists[name] is str else item for item in items) + "]"]
+        option = lists[name]
+        is_list = values[0].startswith("[") and (values[-1].endswith("]") or not option.paths)
+        if values[0] != "null" and not is_list:
+            items = values if option.paths else [item.strip() for value in values for item in value.split(",")]
+            as_text = get_args(option.type)[0] is str
+            values = ["[" + ", ".join(json.dumps(item) if as_text else item for item in items) + "]"]
         joined.append(f"{name}={' '.join(values)}")
     return joined
 

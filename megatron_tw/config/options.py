@@ -14,9 +14,13 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+PATHS = {"paths": True}
+"""Metadata of a field whose texts are paths: a comma is part of one, and a single one needs no list."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One field of the schema: `type` without its `| None`."""
+    """One field of the schema: `type` without its `| None`. paths: see `PATHS`."""
 
     name: str
     group: str
@@ -24,6 +28,7 @@ class Option:
     nullable: bool
     default: Any
     help: str
+    paths: bool = False
 
     @property
     def is_list(self) -> bool:
@@ -35,7 +40,8 @@ class Option:
         if get_origin(self.type) is Literal:
             words = "one of " + ", ".join(map(str, get_args(self.type)))
         elif self.is_list:
-            words = "a list of " + {int: "integers", float: "numbers", str: "strings"}[get_args(self.type)[0]]
+            kinds = {int: "integers", float: "numbers", str: "strings"}
+            words = "one path or more" if self.paths else "a list of " + kinds[get_args(self.type)[0]]
         else:
             words = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[self.type]
         return words + (" or null" if self.nullable else "")
@@ -44,7 +50,9 @@ class Option:
     def metavar(self) -> str:
         if get_origin(self.type) is Literal:
             return "{" + ",".join(map(str, get_args(self.type))) + "}"
-        return {int: "N", float: "X", str: "TEXT"}[self.type] if not self.is_list else "A,B,..."
+        if self.is_list:
+            return "PATH ..." if self.paths else "A,B,..."
+        return {int: "N", float: "X", str: "TEXT"}[self.type]
 
     @property
     def full_help(self) -> str:
@@ -76,6 +84,7 @@ def options_of(schema: type) -> dict[str, Option]:
                 nullable=nullable,
                 default=_default(field),
                 help=helps[field.name],
+                paths=bool(field.metadata.get("paths")),
             )
     return options
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields, replace
 
 from megatron_tw.config.checks import check_config
-from megatron_tw.config.options import flag
+from megatron_tw.config.options import PATHS, flag
 from megatron_tw.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -57,7 +57,7 @@ class PlanOptions:
 class PlannedDataConfig(DataConfig):
     """Data: the rows' length. A plan opens no rows."""
 
-    data_path: str = "rows"
+    data_path: tuple[str, ...] = field(default=("rows",), metadata=PATHS)
     """Not opened."""
 
 

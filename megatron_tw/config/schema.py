@@ -6,9 +6,13 @@ the only place that decides it.
 """
 
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from math import lcm
 from pathlib import Path
 from typing import Literal
+
+from megatron_tw.config.blend import split_blend
+from megatron_tw.config.options import PATHS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,8 +196,9 @@ class ActivationConfig:
 class DataConfig:
     """Data: the rows, as tools/preprocess_data.py wrote them."""
 
-    data_path: str
-    """Folder that tools/preprocess_data.py wrote."""
+    data_path: tuple[str, ...] = field(metadata=PATHS)
+    """Folder that tools/preprocess_data.py wrote; or several, in proportion to their rows, or each behind its weight
+    (0.7 DIR 0.3 DIR), which is its share of the samples."""
     valid_data_path: str | None = None
     """Folder of held-out rows, as tools/preprocess_data.py wrote them, whose loss is reported every --eval-interval."""
     seq_length: int
@@ -203,6 +208,16 @@ class DataConfig:
     bos_id: int | None = None
     """Id of the token that rows begin with, which the short windows then begin with too (null: that of the rows'
     tokenizer, else the checkpoint's bos_token_id)."""
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Those of --data-path."""
+        return split_blend(self.data_path)[0]
+
+    @property
+    def weights(self) -> tuple[Fraction, ...] | None:
+        """Those of --data-path, None without."""
+        return split_blend(self.data_path)[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,8 +339,9 @@ class ScorerConfig:
     scorer: str = "unfrozen"
     """unfrozen: the model in training itself, in short windows; frozen: a fixed model (--scores or --scorer-hf); ema: a
     moving average of the model in training."""
-    scores: str | None = None
-    """Frozen, cached: folder that tools/score_tokens.py wrote for these rows."""
+    scores: tuple[str, ...] | None = field(default=None, metadata=PATHS)
+    """Frozen, cached: folder that tools/score_tokens.py wrote for these rows; one for each folder of --data-path, in
+    their order."""
     scorer_hf: str | None = None
     """Frozen, live: Hugging Face folder of a second model, kept beside the one in training on the last pipeline
     stage."""

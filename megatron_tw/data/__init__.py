@@ -6,6 +6,7 @@ The way of the data, one module a step:
     tokenizer.py   text -> token ids; the fingerprint of what decides them
     prepare.py     documents -> rows of BOS + N-1 tokens, in several processes
     rows.py        the folder of prepared rows: written once, opened by TokenRows
+    blend.py       several such folders as one, each with its share of the samples
     loader.py      rows -> the micro-batches of a data-parallel rank, resumed by one number
 
 Nothing is imported here: preparing with several processes starts Python once a process, which must not wait for torch.

@@ -13,13 +13,16 @@ Shapes: B rows of a micro-batch, N tokens of a row.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from megatron_tw.data.rows import TokenRows
+
+if TYPE_CHECKING:
+    from megatron_tw.data.blend import Blend, BlendOrder
 
 
 class RowOrder:
@@ -29,18 +32,20 @@ class RowOrder:
         num_rows: rows of the dataset.
         seed: of the shuffle, >= 0.
         shuffle: False: input order in every epoch.
+        folder: number of the dataset among several.
 
     Raises:
         ValueError: negative seed.
     """
 
-    def __init__(self, num_rows: int, *, seed: int, shuffle: bool) -> None:
+    def __init__(self, num_rows: int, *, seed: int, shuffle: bool, folder: int = 0) -> None:
         assert num_rows > 0
         if seed < 0:
             raise ValueError(f"--seed {seed}: the data order needs a seed >= 0")
         self.num_rows = num_rows
         self.seed = seed
         self.shuffle = shuffle
+        self._folder = folder
         self._cached: tuple[int, npt.NDArray[np.int64]] | None = None
 
     def __getitem__(self, sample: int) -> int:
@@ -49,17 +54,22 @@ class RowOrder:
         if not self.shuffle:
             return position
         if self._cached is None or self._cached[0] != epoch:
-            self._cached = epoch, epoch_permutation(self.num_rows, seed=self.seed, epoch=epoch)
+            self._cached = epoch, epoch_permutation(self.num_rows, seed=self.seed, epoch=epoch, folder=self._folder)
         return int(self._cached[1][position])
 
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a sample to be the same row, as plain values."""
+        return {"seed": self.seed, "shuffle": self.shuffle, "num_rows": self.num_rows}
 
-def epoch_permutation(num_rows: int, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """The rows of an epoch in their order, int64 [num_rows].
+
+def epoch_permutation(num_rows: int, *, seed: int, epoch: int, folder: int = 0) -> npt.NDArray[np.int64]:
+    """The rows of an epoch in their order, int64 [num_rows]; each folder of several has its own.
 
     Rows are sorted by random 64-bit keys. numpy promises that the raw numbers of a bit generator stay the same for ever
     and everywhere, but not so for `Generator.permutation`; and a resumed run must find its order again.
     """
-    keys = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_rows)
+    entropy = [seed, epoch] if folder == 0 else [seed, epoch, folder]
+    keys = np.random.Philox(np.random.SeedSequence(entropy)).random_raw(num_rows)
     return np.argsort(keys, kind="stable").astype(np.int64)
 
 
@@ -121,8 +131,8 @@ class Loader:
 
     def __init__(
         self,
-        rows: TokenRows,
-        order: RowOrder,
+        rows: "TokenRows | Blend",
+        order: "RowOrder | BlendOrder",
         *,
         global_batch_size: int,
         micro_batch_size: int,
@@ -182,6 +192,7 @@ class Loader:
             "seed": "--seed",
             "shuffle": "--no-shuffle",
             "num_rows": "--data-path",
+            "shares": "--data-path",
             "data_fingerprint": "--data-path",
         }
         differences = [
@@ -197,9 +208,4 @@ class Loader:
         self.consumed_samples = consumed
 
     def _identity(self) -> dict[str, Any]:
-        return {
-            "seed": self.order.seed,
-            "shuffle": self.order.shuffle,
-            "num_rows": self.order.num_rows,
-            "data_fingerprint": self.rows.header.fingerprint,
-        }
+        return {**self.order.identity(), "data_fingerprint": self.rows.fingerprint}

@@ -307,6 +307,10 @@ class TokenRows:
     def __len__(self) -> int:
         return self.header.counts.rows
 
+    @property
+    def fingerprint(self) -> str:
+        return self.header.fingerprint
+
     def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
         return self.read(index).tokens
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_tw.config import RunConfig, check_config, data_parallel_size
+from megatron_tw.data.blend import Blend
 from megatron_tw.data.rows import RowCounts, RowsHeader, TokenRows
 from megatron_tw.data.scores import ScoreRows
 from megatron_tw.model.architecture import Architecture
@@ -119,10 +120,12 @@ def make_up_inputs(
     settings = Settings.decide(config, rows=rows, source=source, schedule=schedule, dp_size=dp_size)
     make_scorer = None
     if schedule.needs_scorer and settings.windows is not None:
-        inputs = ScorerInputs(config=config, windows=settings.windows, rows=rows, bos_id=settings.bos_id, source=source)
+        inputs = ScorerInputs(
+            config=config, windows=settings.windows, rows=Blend([rows]), bos_id=settings.bos_id, source=source
+        )
         make_scorer = _scorer_maker(inputs, scorer_architecture)
     return Inputs(
-        rows=rows,
+        rows=Blend([rows]),
         source=source,
         schedule=schedule,
         settings=settings,
@@ -138,7 +141,7 @@ def _scorer_maker(inputs: ScorerInputs, scorer_architecture: Architecture | None
     if scorer.scores is not None:
 
         def cached(trained: TrainedModel) -> Scorer:
-            return CachedFrozenScorer(_MadeUpScores(length - 1), inputs.rows, trained.layout)
+            return CachedFrozenScorer([_MadeUpScores(length - 1)], inputs.rows, trained.layout)
 
         return cached
     if scorer.scorer_hf is not None:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_tw.config import RunConfig, data_parallel_size, num_microbatches
 from megatron_tw.config.options import flag
-from megatron_tw.data.loader import Batch, Loader, RowOrder
+from megatron_tw.data.loader import Batch, Loader
 from megatron_tw.model.architecture import Architecture
 from megatron_tw.model.build import build_model
 from megatron_tw.objective import StepReport
@@ -288,7 +288,7 @@ def _batches(run: Run, number: int) -> list[Batch]:
     """This rank's micro-batches of a step of `number`."""
     layout, size = run.layout, run.config.train.micro_batch_size
     rows = run.inputs.rows
-    make = partial(Loader, rows, RowOrder(len(rows), seed=0, shuffle=False))
+    make = partial(Loader, rows, rows.order(seed=0, shuffle=False))
     return next(
         make(
             global_batch_size=number * size * layout.dp_size,

@@ -49,14 +49,17 @@ class MetricsLog:
         self._bar = tqdm(initial=start_iteration, total=train_iters, desc="training", unit="step", **bar_options())
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """Record one step. `metrics` holds `iteration`, numbers, and perhaps `by_position` and `valid_by_position`:
-        lists of dicts with the `first` and `last` position of a bucket and numbers."""
+        """Record one step. `metrics` holds `iteration`, numbers, numbers by name, and perhaps `by_position` and
+        `valid_by_position`: lists of dicts with the `first` and `last` position of a bucket and numbers."""
         if self._file is not None:
             self._file.write(json.dumps(metrics) + "\n")
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 if name != "iteration" and isinstance(value, int | float):
                     self._tensorboard.add_scalar(name, value, metrics["iteration"])
+                elif isinstance(value, dict):
+                    for part, number in value.items():
+                        self._tensorboard.add_scalar(f"{name}/{part}", number, metrics["iteration"])
             for prefix in ("", "valid_"):
                 for bucket in metrics.get(f"{prefix}by_position", ()):
                     for name in bucket.keys() - {"first", "last", "targets"}:

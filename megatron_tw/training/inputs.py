@@ -7,6 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_tw.config import RunConfig, check_config, check_own_windows, data_parallel_size
+from megatron_tw.data.blend import Blend
 from megatron_tw.data.rows import TOKENIZER_DIR, TokenRows
 from megatron_tw.evaluation.ruler.scoring import Work
 from megatron_tw.model.build import check_export_target
@@ -29,7 +30,7 @@ class Inputs:
     make_scorer: None where the weighting needs no scorer.
     """
 
-    rows: TokenRows
+    rows: Blend
     source: ModelSource
     schedule: WeightingSchedule
     settings: Settings
@@ -64,14 +65,15 @@ def open_inputs(config: RunConfig) -> Inputs:
     optimizer_fields(config)  # refuses what is not here
     if schedule.needs_scorer:
         config = with_window(config, source)
-    rows = open_rows("--data-path", config.data.data_path, source, config.data.seq_length)
+    folders = [open_rows("--data-path", folder, source, config.data.seq_length) for folder in config.data.folders]
+    rows = Blend(folders, config.data.weights)
     valid_rows = None
     if config.data.valid_data_path is not None:
         valid_rows = open_rows("--valid-data-path", config.data.valid_data_path, source, config.data.seq_length)
-        _check_same_tokenizer(valid_rows, rows)
+        _check_same_tokenizer(valid_rows, folders[0])
     settings = Settings.decide(
         config,
-        rows=rows,
+        rows=folders[0],
         source=source,
         schedule=schedule,
         dp_size=data_parallel_size(config.parallel, dist.get_world_size()),

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_tw.config import RunConfig, differences
-from megatron_tw.data.loader import Loader, RowOrder
+from megatron_tw.data.blend import taken
+from megatron_tw.data.loader import Loader
 from megatron_tw.model.build import build_model, save_hf
 from megatron_tw.objective.report import StepReport
 from megatron_tw.parallel.contact import now_at
@@ -114,7 +115,7 @@ class Run:
             scorer = inputs.make_scorer(TrainedModel(model=model, chunks=chunks, layout=layout, device=device))
         loader = Loader(
             inputs.rows,
-            RowOrder(len(inputs.rows), seed=config.train.seed, shuffle=config.data.shuffle),
+            inputs.rows.order(seed=config.train.seed, shuffle=config.data.shuffle),
             global_batch_size=settings.global_batch_size,
             micro_batch_size=config.train.micro_batch_size,
             dp_rank=layout.dp_rank,
@@ -244,6 +245,7 @@ class Run:
             f"{rows} rows of {config.data.seq_length} tokens, {train.train_iters} steps of "
             f"{settings.global_batch_size}: {train.train_iters * settings.global_batch_size / rows:.2f} epochs",
         ]
+        lines += self._describe_folders()
         schedule = config.weighting.weighting_schedule
         weighting = f"weighting {config.weighting.weighting}" if schedule is None else f"weighting {schedule}"
         if self.step.scorer is not None and settings.windows is not None:
@@ -261,14 +263,40 @@ class Run:
             lines.append("warning: neither --save nor --save-hf: nothing of this run is kept")
         return lines
 
+    def _describe_folders(self) -> list[str]:
+        """Of several folders each one's share of the samples, and how often the run goes through it."""
+        rows = self.inputs.rows
+        if len(rows.parts) == 1:
+            return []
+        samples = self.config.train.train_iters * self.inputs.settings.global_batch_size
+        lines = []
+        for part, share, planned, done in zip(
+            rows.parts, rows.shares, taken(samples, rows.shares), self._consumed_by_folder().values(), strict=True
+        ):
+            so_far = f", {done} so far" if self.iteration else ""
+            lines.append(
+                f"  {float(share):.2%} of the samples from {part.path}: {planned} of {len(part)} rows, "
+                f"{planned / len(part):.2f} epochs{so_far}"
+            )
+        return lines
+
+    def _consumed_by_folder(self) -> dict[str, int]:
+        """Samples so far of each folder of --data-path."""
+        rows = self.inputs.rows
+        counts = taken(self.loader.consumed_samples, rows.shares)
+        return {str(part.path): count for part, count in zip(rows.parts, counts, strict=True)}
+
     def _with_run_metrics(self, metrics: dict[str, Any]) -> dict[str, Any]:
         tokens, by_position = metrics.pop("tokens"), metrics.pop("by_position")
         if self.iteration % self.config.logging.log_interval == 0 or self.iteration == self.config.train.train_iters:
             metrics["by_position"] = by_position
+        several = len(self.inputs.rows.parts) > 1
+        by_folder = {"consumed_samples_by_folder": self._consumed_by_folder()} if several else {}
         return {
             "iteration": self.iteration,
             **metrics,
             "consumed_samples": self.loader.consumed_samples,
+            **by_folder,
             "world_size": self.layout.world_size,
             "tokens_per_second": tokens / metrics["step_seconds"],
             **rates(metrics["model_flops"], metrics["step_seconds"], self.layout.world_size, gpu_of(device_name())),

@@ -36,7 +36,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, list[float]]
     config = RunConfig(
         parallel=ParallelConfig(tensor_model_parallel_size=dist.get_world_size()),
         model=ModelConfig(load_hf=str(folder / "model")),
-        data=DataConfig(data_path=str(folder / "rows"), seq_length=options.seq_length),
+        data=DataConfig(data_path=(str(folder / "rows"),), seq_length=options.seq_length),
         train=TrainConfig(train_iters=10**6, global_batch_size=1),
         checkpoint=CheckpointConfig(save=str(folder / "run")),
     )

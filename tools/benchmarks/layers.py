@@ -186,7 +186,7 @@ def run_config(options: argparse.Namespace) -> RunConfig:
         parallel=ParallelConfig(tensor_model_parallel_size=options.ranks),
         compute=ComputeConfig(bf16=options.bf16),
         activations=ActivationConfig(**(recompute if options.recompute else {})),  # type: ignore[arg-type]
-        data=DataConfig(data_path="made-up rows", seq_length=options.seq_length),
+        data=DataConfig(data_path=("made-up rows",), seq_length=options.seq_length),
         train=TrainConfig(train_iters=10**6, micro_batch_size=1, global_batch_size=options.micro_batches),
         weighting=SCHEMES[options.schemes[-1]],
         windows=WindowsConfig(short_window=options.short_window)

@@ -192,7 +192,7 @@ def _options(task: Task) -> RunConfig:
             rotary_base=s.rotary_base if is_base else s.extended_rotary_base,
         ),
         data=DataConfig(
-            data_path=str(task.folder / ("short_rows" if is_base else "long_rows")),
+            data_path=(str(task.folder / ("short_rows" if is_base else "long_rows")),),
             seq_length=s.context if is_base else s.seq_length,
             bos_id=BOS,
         ),

@@ -232,7 +232,7 @@ def _config(options: argparse.Namespace, folder: Path, world_size: int) -> RunCo
         parallel=ParallelConfig(tensor_model_parallel_size=world_size),
         model=ModelConfig(load_hf=str(folder / "model")),
         compute=ComputeConfig(bf16=options.bf16),
-        data=DataConfig(data_path=str(folder / "rows"), seq_length=options.seq_length, bos_id=BOS),
+        data=DataConfig(data_path=(str(folder / "rows"),), seq_length=options.seq_length, bos_id=BOS),
         train=TrainConfig(train_iters=10**6, micro_batch_size=1, global_batch_size=options.micro_batches),
         weighting=SCHEMES["sparse"],  # decides that there is a scorer
         windows=WindowsConfig(short_window=options.short_window),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_tw.config import RunConfig, ScorerConfig, ShortWindows, check_own_windows
 from megatron_tw.config.options import flag
-from megatron_tw.data.rows import TokenRows
+from megatron_tw.data.blend import Blend
 from megatron_tw.model.architecture import Architecture
 from megatron_tw.model.flops import Work, scoring_work
 from megatron_tw.model.forward import ShortWindowForward
@@ -30,7 +30,7 @@ class ScorerInputs:
 
     config: RunConfig
     windows: ShortWindows
-    rows: TokenRows
+    rows: Blend
     bos_id: int | None
     source: ModelSource
 

@@ -1,14 +1,16 @@
 """A fixed model as the scorer: what it said of these rows beforehand, or the model itself. R = rows, N = tokens of a
 row."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tw.config import ComputeConfig, ParallelConfig, ScorerConfig, check_model_shape
-from megatron_tw.data.rows import TokenRows
+from megatron_tw.data.blend import Blend, joined_fingerprint
 from megatron_tw.data.scores import ScoreRows, check_scores
 from megatron_tw.data.vocabulary import check_scorer_vocabulary
 from megatron_tw.model.architecture import Architecture, read_architecture
@@ -40,59 +42,74 @@ class FrozenScorer:
 
     @classmethod
     def check(cls, inputs: ScorerInputs) -> None:
-        kind, folder = _chosen(inputs.config.scorer)
-        kind.check_folder(folder, inputs)
+        match _chosen(inputs.config.scorer):
+            case str(folder):
+                LiveFrozenScorer.check_folder(folder, inputs)
+            case folders:
+                CachedFrozenScorer.check_folders(folders, inputs)
 
     @classmethod
     def create(cls, inputs: ScorerInputs, trained: TrainedModel) -> Scorer:
-        kind, folder = _chosen(inputs.config.scorer)
-        return kind.load(folder, inputs, trained)
+        match _chosen(inputs.config.scorer):
+            case str(folder):
+                return LiveFrozenScorer.load(folder, inputs, trained)
+            case folders:
+                return CachedFrozenScorer.load(folders, inputs, trained)
 
 
 @dataclass
 class CachedFrozenScorer(Scorer):
     """Short NLLs on disk, as tools/score_tokens.py wrote them, read by the ranks of the last pipeline stage."""
 
-    scores: ScoreRows
-    rows: TokenRows
+    scores: Sequence[ScoreRows]
+    """One for each folder of the rows."""
+    rows: Blend
     layout: Layout
 
     @staticmethod
-    def check_folder(folder: str, inputs: ScorerInputs) -> None:
-        """That it is complete and of these rows, windows and BOS, the one that the run of --load had, and as it was
-        written: the ranks share the reading. Collective over the world."""
+    def check_folders(folders: Sequence[str], inputs: ScorerInputs) -> None:
+        """That each is complete and of the rows of its folder, of these windows and BOS, all together those that the
+        run of --load had, and as they were written: the ranks share the reading. Collective over the world."""
         with named("--scores"):
-            scores = ScoreRows(folder)
-        check_scores(
-            scores,
-            inputs.rows,
-            short_window=inputs.windows.tokens,
-            short_stride=inputs.windows.stride,
-            bos_id=inputs.bos_id,
-        )
-        saved = inputs.source.saved
-        if saved is not None and saved.state.scores not in (None, scores.header.fingerprint):
-            raise ValueError(f"--scores {scores.path}: other scores than those that the run of --load was trained with")
+            scores = [ScoreRows(folder) for folder in folders]
+        for one, part in zip(scores, inputs.rows.parts, strict=True):
+            check_scores(
+                one,
+                part,
+                short_window=inputs.windows.tokens,
+                short_stride=inputs.windows.stride,
+                bos_id=inputs.bos_id,
+            )
+        saved, fingerprint = inputs.source.saved, _fingerprint(scores)
+        if saved is not None and saved.state.scores not in (None, fingerprint):
+            raise ValueError(
+                f"--scores {' '.join(folders)}: other scores than those that the run of --load was trained with"
+            )
         rank, ranks = dist.get_rank(), dist.get_world_size()
         error: OSError | ValueError | None = None
         try:
-            scores.check(range(len(scores) * rank // ranks, len(scores) * (rank + 1) // ranks))
+            for one in scores:
+                one.check(range(len(one) * rank // ranks, len(one) * (rank + 1) // ranks))
         except (OSError, ValueError) as damaged:
             error = damaged
         raise_together(error)
 
     @staticmethod
-    def load(folder: str, inputs: ScorerInputs, trained: TrainedModel) -> "CachedFrozenScorer":
-        return CachedFrozenScorer(ScoreRows(folder), inputs.rows, trained.layout)
+    def load(folders: Sequence[str], inputs: ScorerInputs, trained: TrainedModel) -> "CachedFrozenScorer":
+        return CachedFrozenScorer([ScoreRows(folder) for folder in folders], inputs.rows, trained.layout)
 
     def short_nll(self, rows_RN: Tensor, row_index_R: Tensor) -> Tensor | None:
         if not self.layout.is_last_stage:
             return None
-        return self.scores.nll(self.rows.documents_R2[row_index_R.numpy()]).to(rows_RN.device)
+        nlls = []
+        for index in row_index_R.tolist():
+            part, row = self.rows.at(index)
+            nlls.append(self.scores[self.rows.folder_of(index)].nll(part.documents_R2[[row]]))
+        return torch.cat(nlls).to(rows_RN.device)
 
     @property
     def fingerprint(self) -> str | None:
-        return self.scores.header.fingerprint
+        return _fingerprint(self.scores)
 
 
 @dataclass
@@ -114,7 +131,7 @@ class LiveFrozenScorer(Scorer):
         try:
             scorer = read_architecture(folder)
             LiveFrozenScorer.check_architecture(scorer, inputs)
-            check_scorer_vocabulary(inputs.rows, folder, scorer.vocab_size)
+            check_scorer_vocabulary(inputs.rows.parts[0], folder, scorer.vocab_size)
             SafetensorsFolder(folder, scorer)
         except ValueError as error:
             raise ValueError(f"--scorer-hf {folder}: {error}") from error
@@ -173,13 +190,16 @@ def build_unpipelined(
     return build_model(architecture, parallel, compute, replace(layout, pp_size=1, pp_rank=0, vpp_size=None), device)
 
 
-def _chosen(options: ScorerConfig) -> tuple[type[CachedFrozenScorer] | type[LiveFrozenScorer], str]:
-    """Which of the two the options ask for, and its folder."""
-    match options.scores, options.scorer_hf:
-        case str(folder), None:
-            return CachedFrozenScorer, folder
-        case None, str(folder):
-            return LiveFrozenScorer, folder
+def _fingerprint(scores: Sequence[ScoreRows]) -> str:
+    return joined_fingerprint([one.header.fingerprint for one in scores])
+
+
+def _chosen(options: ScorerConfig) -> str | tuple[str, ...]:
+    """The folder of a model, or those of scores: which of the two the options ask for."""
+    if options.scores is not None and options.scorer_hf is None:
+        return options.scores
+    if options.scores is None and options.scorer_hf is not None:
+        return options.scorer_hf
     raise ValueError(
         "--scorer frozen: expected either --scores (cached) or --scorer-hf (live), got "
         + ("neither" if options.scores is None else "both")
