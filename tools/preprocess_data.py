@@ -33,8 +33,9 @@ def build_parser() -> ToolParser:
         nargs="+",
         type=text,
         metavar="PATH",
-        help="files, quoted globs (** is any depth) or directories (their .txt, .jsonl and .parquet files); "
-        "a text file is one document, as is a line of a .jsonl or .json file and a row of a .parquet file",
+        help="files (.gz and .zst too), quoted globs (** is any depth), folders of Hugging Face's save_to_disk, or "
+        "directories (their .txt, .jsonl and .parquet files); a text file is one document, as is a line of a .jsonl or "
+        ".json file and a row of a table",
     )
     documents.add_argument(
         "--text-key",

@@ -3,6 +3,7 @@
 The way of the data, one module a step:
 
     documents.py   input files -> documents: text, or ready token ids
+    opening.py     those files opened: decompressed, and Hugging Face datasets on disk
     tokenizer.py   text -> token ids; the fingerprint of what decides them
     prepare.py     documents -> rows of BOS + N-1 tokens, in several processes
     rows.py        the folder of prepared rows: written once, opened by TokenRows

@@ -3,15 +3,17 @@
     text files      one file is one document (.txt and any other name)
     .jsonl, .json   one JSON object a line is one document
     .parquet        one row of the table is one document
+    .arrow          the same: a file of a Hugging Face dataset on disk
 
-A document is text, or the ready token ids of one row. Documents come in input order. Every error names the file, and
-the line where there is one.
+All but tables may be compressed (.gz, .zst). A document is text, or the ready token ids of one row. Documents come in
+input order. Every error names the file, and the line where there is one.
 """
 
 import glob
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_tw.data.opening import (
+    COMPRESSIONS,
+    dataset_files,
+    import_pyarrow,
+    is_dataset,
+    kind_of,
+    read_content,
+    read_lines,
+)
+
 JSON_SUFFIXES = (".jsonl", ".json")
 PARQUET_SUFFIX = ".parquet"
+ARROW_SUFFIX = ".arrow"
 DIRECTORY_SUFFIXES = (".txt", ".jsonl", PARQUET_SUFFIX)
 MASK_KEY = "loss_mask"
 """JSON key or parquet column beside ready ids: 1 where the token at the same place is to be learned, else 0."""
+TABLE_BATCH_ROWS = 256
+ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 @dataclass(frozen=True)
@@ -44,7 +59,8 @@ def expand_inputs(inputs: Sequence[str | Path]) -> tuple[list[Path], int]:
     """The files that `--input` names, in the order given; a glob's or directory's own files are sorted by path.
 
     Each file comes once, however often and through whatever links it is named. A directory stands for its .txt, .jsonl
-    and .parquet files, at any depth; other text files need a glob (`DIR/**/*.py`).
+    and .parquet files, compressed or not, and Hugging Face datasets, at any depth; other text files need a glob
+    (`DIR/**/*.py`).
 
     Returns:
         the files, and how many more were named that are one of them.
@@ -59,14 +75,15 @@ def expand_inputs(inputs: Sequence[str | Path]) -> tuple[list[Path], int]:
         if path.is_file():
             found = [path]
         elif path.is_dir():
-            found = sorted(file for file in _files_below(path) if file.suffix in DIRECTORY_SUFFIXES)
+            found = sorted(file for file in _files_below(path) if kind_of(file) in (*DIRECTORY_SUFFIXES, ARROW_SUFFIX))
             if not found:
                 raise ValueError(
-                    f"--input {item}: the directory holds no {', '.join(DIRECTORY_SUFFIXES)} files; "
+                    f"--input {item}: the directory holds no {', '.join(DIRECTORY_SUFFIXES)} files and no datasets; "
                     f"name other text files by a glob, such as '{item.rstrip('/')}/**/*.py'"
                 )
         else:
-            found = sorted(file for file in map(Path, glob.glob(item, recursive=True)) if file.is_file())
+            matches = sorted(map(Path, glob.glob(item, recursive=True)))
+            found = [file for match in matches for file in _files_of_match(match)]
             if not found:
                 raise ValueError(f"--input {item}: no such file or directory, and no glob that matches a file")
         named += len(found)
@@ -77,11 +94,23 @@ def expand_inputs(inputs: Sequence[str | Path]) -> tuple[list[Path], int]:
     for file in files.values():  # now, not after an hour of tokenizing
         if file.stat().st_size == 0:
             raise ValueError(f"{file}: the file is empty")
+        if file.suffix in COMPRESSIONS and kind_of(file) in (PARQUET_SUFFIX, ARROW_SUFFIX):
+            raise ValueError(f"{file}: a compressed {kind_of(file)} file cannot be read; decompress it")
+        if file.suffix in (".zst", PARQUET_SUFFIX, ARROW_SUFFIX):
+            import_pyarrow(file)
     return list(files.values()), named - len(files)
 
 
+def _files_of_match(path: Path) -> list[Path]:
+    """The files that a path stands for which a glob matches: itself, or those of a dataset."""
+    if path.is_dir():
+        return dataset_files(path) if is_dataset(path) else []
+    return [path] if path.is_file() else []
+
+
 def _files_below(folder: Path) -> Iterator[Path]:
-    """All files in a folder and the folders below, links to folders included; each folder once, so that loops end."""
+    """All files in a folder and the folders below, links to folders included; each folder once, so that loops end. Of
+    a dataset those of its data alone."""
     seen = set()
     for name, folders, files in os.walk(folder, followlinks=True):
         place = os.path.realpath(name)
@@ -89,6 +118,10 @@ def _files_below(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(place)
+        if is_dataset(Path(name)):
+            folders.clear()
+            yield from dataset_files(Path(name))
+            continue
         folders.sort()
         yield from (file for file in (Path(name) / file for file in files) if file.is_file())
 
@@ -105,67 +138,102 @@ def read_documents(files: Sequence[Path], *, key: str, ready_ids: bool) -> Itera
         OSError: a file cannot be read.
     """
     for file in files:
-        if file.suffix in JSON_SUFFIXES:
+        if kind_of(file) in JSON_SUFFIXES:
             yield from _read_json_lines(file, key, ready_ids)
-        elif file.suffix == PARQUET_SUFFIX:
-            yield from _read_parquet(file, key, ready_ids)
+        elif file.suffix in (PARQUET_SUFFIX, ARROW_SUFFIX):
+            yield from _read_table(file, key, ready_ids)
         elif ready_ids:
             raise ValueError(
                 f"{file}: --tokenizer none reads ready ids from .jsonl or .parquet; a text file needs a tokenizer"
             )
         else:
-            content = file.read_bytes()
-            yield Document(_decode(content, file), str(file), len(content))
+            yield Document(_decode(read_content(file), file), str(file), file.stat().st_size)
 
 
 def _read_json_lines(file: Path, key: str, ready_ids: bool) -> Iterator[Document]:
     empty = True
-    with file.open("rb") as stream:
-        for line_number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            empty = False
-            location = f"{file}:{line_number}"
-            try:
-                record = json.loads(_decode(line, file, first_line=line_number))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{location}: malformed JSON: {error.msg} (column {error.colno})") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{location}: expected a JSON object, got {type(record).__name__}")
-            if key not in record:
-                raise ValueError(f'{location}: no key "{key}" among {list(record)} (see --text-key)')
-            content = _content(record[key], key, ready_ids, location)
-            targets = _targets(record[MASK_KEY], content, location) if ready_ids and MASK_KEY in record else None
-            yield Document(content, location, len(line), targets)
+    for line_number, line, file_bytes in read_lines(file):
+        if not line.strip():
+            continue
+        empty = False
+        location = f"{file}:{line_number}"
+        try:
+            record = json.loads(_decode(line, file, first_line=line_number))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{location}: malformed JSON: {error.msg} (column {error.colno})") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{location}: expected a JSON object, got {type(record).__name__}")
+        if key not in record:
+            raise ValueError(f'{location}: no key "{key}" among {list(record)} (see --text-key)')
+        content = _content(record[key], key, ready_ids, location)
+        targets = _targets(record[MASK_KEY], content, location) if ready_ids and MASK_KEY in record else None
+        yield Document(content, location, file_bytes, targets)
     if empty:
         raise ValueError(f"{file}: the file holds no documents, only blank lines")
 
 
-def _read_parquet(file: Path, key: str, ready_ids: bool) -> Iterator[Document]:
+def _read_table(file: Path, key: str, ready_ids: bool) -> Iterator[Document]:
+    pyarrow = import_pyarrow(file)
+    kind = file.suffix.removeprefix(".")
+    row_number = 0
     try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ValueError(f"{file}: reading parquet needs pyarrow (pip install pyarrow)") from error
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            if key not in table.schema_arrow.names:
-                raise ValueError(f'{file}: no column "{key}" among {table.schema_arrow.names} (see --text-key)')
-            if table.metadata.num_rows == 0:
-                raise ValueError(f"{file}: the table has no rows")
-            file_bytes = file.stat().st_size // table.metadata.num_rows
-            row_number = 0
-            masked = ready_ids and MASK_KEY in table.schema_arrow.names
-            for batch in table.iter_batches(batch_size=256, columns=[key, MASK_KEY] if masked else [key]):
+        with (_open_parquet if file.suffix == PARQUET_SUFFIX else _open_arrow)(file) as (names, batches):
+            if key not in names:
+                raise ValueError(f'{file}: no column "{key}" among {names} (see --text-key)')
+            masked = ready_ids and MASK_KEY in names
+            for batch, batch_bytes in batches([key, MASK_KEY] if masked else [key]):
                 masks = batch.column(MASK_KEY) if masked else [None] * len(batch)
                 for value, mask in zip(batch.column(key), masks, strict=True):
                     row_number += 1
                     location = f"{file}: row {row_number}"
                     content = _content(value.as_py(), key, ready_ids, location)
                     targets = _targets(mask.as_py(), content, location) if masked else None
-                    yield Document(content, location, file_bytes, targets)
+                    yield Document(content, location, batch_bytes // len(batch), targets)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: not a readable parquet file: {error}") from error
+        place = f" after row {row_number}" if row_number else ""
+        raise ValueError(f"{file}: not a readable {kind} file{place}: {' '.join(str(error).split())}") from error
+    if row_number == 0:
+        raise ValueError(f"{file}: the table has no rows")
+
+
+Batches = Callable[[list[str]], Iterator[tuple[Any, int]]]
+"""The batches of some columns of a table, and the bytes of the file that are read for each."""
+
+
+@contextmanager
+def _open_parquet(file: Path) -> Iterator[tuple[list[str], Batches]]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(file) as table:
+
+        def batches(columns: list[str]) -> Iterator[tuple[Any, int]]:
+            row_bytes = file.stat().st_size / max(table.metadata.num_rows, 1)
+            for batch in table.iter_batches(batch_size=TABLE_BATCH_ROWS, columns=columns):
+                yield batch, int(row_bytes * len(batch))
+
+        yield table.schema_arrow.names, batches
+
+
+@contextmanager
+def _open_arrow(file: Path) -> Iterator[tuple[list[str], Batches]]:
+    """A stream of Arrow's messages, as Hugging Face's datasets writes it."""
+    import pyarrow
+
+    with file.open("rb") as raw:  # a stream that was cut between two messages looks whole but for this
+        raw.seek(-min(len(ARROW_END), file.stat().st_size), os.SEEK_END)
+        if raw.read() != ARROW_END:
+            raise OSError("the mark of its end is missing: truncated, or no stream of Arrow's")
+    with pyarrow.memory_map(str(file)) as raw, pyarrow.ipc.open_stream(raw) as stream:
+
+        def batches(columns: list[str]) -> Iterator[tuple[Any, int]]:
+            position = 0
+            for whole in stream:
+                before, position = position, raw.tell()
+                for start in range(0, len(whole), TABLE_BATCH_ROWS):
+                    batch = whole.select(columns).slice(start, TABLE_BATCH_ROWS)
+                    yield batch, (position - before) * len(batch) // len(whole)
+
+        yield stream.schema.names, batches
 
 
 def _content(value: Any, key: str, ready_ids: bool, location: str) -> str | npt.NDArray[np.int64]:
