@@ -217,8 +217,8 @@ def test_a_blend_trains_as_one_folder_of_its_samples(ranks, world: Path, tmp_pat
     np.testing.assert_allclose(again["weighted_loss"], expected["weighted_loss"], rtol=1e-5)
     assert again["weighted_loss"][:3].tolist() == expected["weighted_loss"][:3].tolist()
     told = capfd.readouterr().out
-    assert f"75.00% of the samples from {world / 'three'}: 9 of 3 rows, 3.00 epochs" in told
-    assert f"25.00% of the samples from {world / 'one'}: 3 of 1 rows, 3.00 epochs, 2 so far" in told
+    assert f"75.00% of the samples from {world / 'three'}: 9, 3.00 times its 3 rows" in told
+    assert f"25.00% of the samples from {world / 'one'}: 3, 3.00 times its 1 rows, 1 so far" in told
 
     swapped = run_of(Axes(), world, tmp_path / "new", blend, scorer=cached("one", "three"))
     with pytest.raises(Exception, match=r"made from another dataset than .*three"):

@@ -275,8 +275,8 @@ class Run:
         ):
             so_far = f", {done} so far" if self.iteration else ""
             lines.append(
-                f"  {float(share):.2%} of the samples from {part.path}: {planned} of {len(part)} rows, "
-                f"{planned / len(part):.2f} epochs{so_far}"
+                f"  {float(share):.2%} of the samples from {part.path}: {planned}, {planned / len(part):.2f} times its "
+                f"{len(part)} rows{so_far}"
             )
         return lines
 
