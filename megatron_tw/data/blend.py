@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_tw.data.loader import RowOrder
-from megatron_tw.data.rows import RowsHeader, TokenRows
+from megatron_tw.data.rows import Row, RowsHeader, TokenRows
 
 
 class Blend:
@@ -53,8 +53,12 @@ class Blend:
         return self.starts[-1]
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
+        return self.read(index).tokens
+
+    def read(self, index: int) -> Row:
+        """Row `index`, with what is marked in it (TokenRows.read)."""
         part, row = self.at(index)
-        return part[row]
+        return part.read(row)
 
     def at(self, index: int) -> tuple[TokenRows, int]:
         """The folder of a row, and the row's number there."""
@@ -184,22 +188,25 @@ def _part(samples: int, part: int, whole: int) -> int:
 
 
 def _check_same_kind(rows: TokenRows, first: TokenRows) -> None:
-    names = ("tokens of a row", "tokenizer", "vocabulary", "BOS")
-    ours, theirs = (
-        (one.seq_length, one.tokenizer.fingerprint if one.tokenizer else None, one.vocab_size, one.bos_id)
-        for one in (rows.header, first.header)
-    )
-    shown = [
-        (one.seq_length, one.tokenizer.name if one.tokenizer else "none", one.vocab_size, one.bos_id)
-        for one in (rows.header, first.header)
-    ]
-    different = [
-        f"{name} {shown[0][index]} and {shown[1][index]}"
-        for index, name in enumerate(names)
-        if ours[index] != theirs[index]
-    ]
+    ours, theirs = _kind(rows), _kind(first)
+    different = [f"{name} {ours[name][1]} and {theirs[name][1]}" for name in ours if ours[name][0] != theirs[name][0]]
     if different:
         raise ValueError(
             f"--data-path: expected folders whose rows go together, got {rows.path} and {first.path} with "
             + ", ".join(different)
         )
+
+
+def _kind(rows: TokenRows) -> dict[str, tuple[object, object]]:
+    """What all folders must have in common, to compare and to show."""
+    header = rows.header
+    tokenizer, packing = header.tokenizer, header.packing
+    values = {
+        "tokens of a row": header.seq_length,
+        "vocabulary": header.vocab_size,
+        "BOS": header.bos_id,
+        "--pack-multiple": packing.multiple if packing else None,
+        "loss masks": header.masked,
+    }
+    made_by = (tokenizer.fingerprint, tokenizer.name) if tokenizer else (None, "none")
+    return {"tokenizer": made_by, **{name: (value, value) for name, value in values.items()}}

@@ -100,7 +100,7 @@ class Batch:
     there, and its tokens without padding (0: padding alone); None: each row is one document."""
 
 
-def read_batch(rows: TokenRows, index: Sequence[int]) -> Batch:
+def read_batch(rows: "TokenRows | Blend", index: Sequence[int]) -> Batch:
     """These rows of a dataset, in this order."""
     read = [rows.read(row) for row in index]
     valid = [row.valid for row in read if row.valid is not None]
