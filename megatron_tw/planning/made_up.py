@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_tw.config import RunConfig, check_config, data_parallel_size
 from megatron_tw.data.blend import Blend
-from megatron_tw.data.rows import RowCounts, RowsHeader, TokenRows
+from megatron_tw.data.rows import Row, RowCounts, RowsHeader, TokenRows
 from megatron_tw.data.scores import ScoreRows
 from megatron_tw.model.architecture import Architecture
 from megatron_tw.model.gpt import TokenWeightedGPT
@@ -55,12 +55,12 @@ class MadeUpRows(TokenRows):
         )
         self.documents_R2 = np.zeros((num_rows, 2), dtype=np.int64)
 
-    def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
+    def read(self, index: int) -> Row:
         assert self.header.vocab_size is not None
         row_N = (np.arange(self.header.seq_length, dtype=np.int64) * 7919 + index) % self.header.vocab_size
         if self.header.bos_id is not None:
             row_N[0] = self.header.bos_id
-        return row_N
+        return Row(row_N)
 
 
 @dataclass(frozen=True)
