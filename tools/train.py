@@ -6,8 +6,9 @@ torchrun --nproc-per-node 4 tools/train.py --config options.yaml --load-hf DIR -
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from megatron_tw.config import check_config, load_config, user_errors
+from megatron_tw.config import RunConfig, check_config, load_config, user_errors
 from megatron_tw.config.errors import INTERRUPTED
 
 
@@ -21,10 +22,24 @@ def main(argv: Sequence[str]) -> None:
         from megatron_tw.training.loop import train  # after the checks: it imports torch and Megatron-Core
 
         with lost_ranks_named(config.parallel.distributed_timeout_minutes):
-            run = train(config)
+            run = train(config) if not config.train.check else None
+            if run is None:
+                check(config)
         stop_process_group()
-    if run.interrupted:
+    if run is not None and run.interrupted:
         sys.exit(INTERRUPTED)  # like a program that Ctrl-C ended, so that a script does not go on to its next line
+
+
+def check(config: RunConfig) -> None:
+    """Print what --check finds; an error if something is wrong."""
+    from megatron_tw.planning.check import Check
+
+    found = Check(config, Path(__file__).with_name("plan.py"))
+    found.run()
+    if os.environ.get("RANK", "0") == "0":
+        print(found.table(), flush=True)
+    if found.failed:
+        raise ValueError(f"--check: failed: {found.failed}")
 
 
 if __name__ == "__main__":

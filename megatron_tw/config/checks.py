@@ -16,6 +16,7 @@ from megatron_tw.config.schema import (
     DataConfig,
     DataParallelConfig,
     KernelConfig,
+    LoggingConfig,
     ModelConfig,
     OptimizationConfig,
     ParallelConfig,
@@ -80,7 +81,7 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
         "--eval-ruler: expected --eval-interval and --valid-data-path with it",
     )
     _at_least(0, seed=config.train.seed, bos_id=config.data.bos_id)
-    _at_least(1, log_interval=config.logging.log_interval)
+    check_logging(config.logging, config.checkpoint, world_size)
     if world_size is not None:
         num_microbatches(config.train, config.parallel, world_size)
 
@@ -376,6 +377,32 @@ def check_data(data: DataConfig, scorer: ScorerConfig) -> None:
         scores is None or len(scores) == folders,
         f"--scores: expected {folders} folders, one for each of --data-path in their order, got {len(scores or ())}",
     )
+
+
+def check_logging(logging: LoggingConfig, checkpoint: CheckpointConfig, world_size: int | None = None) -> None:
+    """Ranges, what needs --wandb-project or --profile, and the ranks and place of traces."""
+    _at_least(1, log_interval=logging.log_interval)
+    for switch, names in (
+        ("wandb_project", ("wandb_entity", "wandb_exp_name", "wandb_save_dir")),
+        ("profile", ("profile_step_start", "profile_step_end", "profile_ranks")),
+    ):
+        for name in names:
+            _require(
+                getattr(logging, switch) or getattr(logging, name) == getattr(LoggingConfig, name),
+                f"{flag(name)}: expected {flag(switch)} with it",
+            )
+    _require(not logging.profile or checkpoint.save is not None, "--profile: expected --save with it")
+    _at_least(0, profile_step_start=logging.profile_step_start)
+    _require(
+        logging.profile_step_end > logging.profile_step_start,
+        f"--profile-step-end: expected more than --profile-step-start {logging.profile_step_start}, got "
+        f"{logging.profile_step_end}",
+    )
+    for rank in logging.profile_ranks:
+        _require(
+            rank >= 0 and (world_size is None or rank < world_size),
+            f"--profile-ranks: expected ranks of 0 to {'...' if world_size is None else world_size - 1}, got {rank}",
+        )
 
 
 def check_checkpoint(checkpoint: CheckpointConfig, model: ModelConfig, data: DataConfig, train: TrainConfig) -> None:

@@ -247,6 +247,9 @@ class TrainConfig:
     """Stop, with a checkpoint, after the step in which so many minutes of training are over."""
     exit_signal_handler: bool = False
     """On SIGTERM, finish the step and stop, with a checkpoint."""
+    check: bool = False
+    """Find out all that can be known without a training step, on these ranks: files and every checksum, room on the
+    disk, memory, the bandwidth within each group. Prints a table and ends, with exit status 0 or 2."""
 
     def batch_size(self, dp_size: int) -> int:
         """`global_batch_size` with its default filled in, for `dp_size` copies of the model."""
@@ -431,6 +434,23 @@ class LoggingConfig:
     log_interval: int = 10
     """Steps between two reports by position in metrics.jsonl and TensorBoard, and between two lines of the log where it
     is no terminal (a terminal shows a progress bar)."""
+    wandb_project: str | None = None
+    """Project in Weights & Biases that gets the metrics too (null: none). WANDB_MODE=offline in the environment keeps
+    them in files for `wandb sync`."""
+    wandb_entity: str | None = None
+    """For --wandb-project: user or team (null: the default of who is logged in)."""
+    wandb_exp_name: str | None = None
+    """For --wandb-project: name of the run (null: W&B makes one)."""
+    wandb_save_dir: str | None = None
+    """For --wandb-project: folder of W&B's own files (null: --save)."""
+    profile: bool = False
+    """Write a trace of some steps by PyTorch's profiler, to profile/ under --save."""
+    profile_step_start: int = 10
+    """For --profile: steps of the run before the first one that is traced."""
+    profile_step_end: int = 12
+    """For --profile: the last step that is traced."""
+    profile_ranks: tuple[int, ...] = (0,)
+    """For --profile: ranks that write a trace."""
 
 
 @dataclass(frozen=True, kw_only=True)

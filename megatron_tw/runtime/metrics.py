@@ -1,8 +1,11 @@
-"""Where a run writes its numbers: SAVE/metrics.jsonl, TensorBoard, and a progress bar or lines of text, on rank 0."""
+"""Where a run writes its numbers: SAVE/metrics.jsonl, TensorBoard, W&B, a progress bar or lines of text; on rank 0."""
 
 import json
 import shutil
+import sys
 import threading
+import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,14 @@ from tqdm import tqdm
 
 from megatron_tw.data.progress import bar_options
 
+STEPS_OF_PACE = 20
+"""Over which the remaining time is told."""
+
 
 class MetricsLog:
-    """One JSON object a step in `metrics.jsonl`, the same numbers in TensorBoard, a progress bar on the terminal.
-    Where the
-    output is no terminal (a job's log file), a line every `log_interval` steps and for the last one instead.
+    """One JSON object a step in `metrics.jsonl`, the same numbers in TensorBoard and W&B, a progress bar on the
+    terminal. Where the output is no terminal (a job's log file), a line every `log_interval` steps and for the last one
+    instead.
 
     Made on rank 0 only. Resuming at step `start_iteration` cuts the file back to the steps before it, so that a step
     that is done again stands there once.
@@ -28,11 +34,14 @@ class MetricsLog:
         start_iteration: int,
         train_iters: int,
         log_interval: int,
+        wandb: Any = None,
     ) -> None:
         self._log_interval = log_interval
         self._train_iters = train_iters
         self._file = None
         self._tensorboard = None
+        self._wandb = wandb
+        self._written: deque[float] = deque([time.monotonic()], maxlen=STEPS_OF_PACE + 1)
         if save is not None:
             save.mkdir(parents=True, exist_ok=True)
             path = save / "metrics.jsonl"
@@ -53,32 +62,23 @@ class MetricsLog:
         `valid_by_position`: lists of dicts with the `first` and `last` position of a bucket and numbers."""
         if self._file is not None:
             self._file.write(json.dumps(metrics) + "\n")
+        step, valid = metrics["iteration"], metrics.get("valid_lm_loss")
+        numbers = {tag: value for tag, value in scalars(metrics).items() if tag != "iteration"}
         if self._tensorboard is not None:
-            for name, value in metrics.items():
-                if name != "iteration" and isinstance(value, int | float):
-                    self._tensorboard.add_scalar(name, value, metrics["iteration"])
-                elif isinstance(value, dict):
-                    for part, number in value.items():
-                        self._tensorboard.add_scalar(f"{name}/{part}", number, metrics["iteration"])
-            for prefix in ("", "valid_"):
-                for bucket in metrics.get(f"{prefix}by_position", ()):
-                    for name in bucket.keys() - {"first", "last", "targets"}:
-                        if bucket[name] is not None:
-                            tag = f"{prefix}{name}_by_position/{bucket['first']}-{bucket['last']}"
-                            self._tensorboard.add_scalar(tag, bucket[name], metrics["iteration"])
-        figures = (
-            f"weighted {metrics['weighted_loss']:.4f}, lm {metrics['lm_loss']:.4f}, grad {metrics['grad_norm']:.3f}, "
-            f"{metrics['tokens_per_second']:,.0f} tok/s"
-        )
-        if "tflops_per_second_per_gpu" in metrics:
-            figures += f", {metrics['tflops_per_second_per_gpu']:.0f} TFLOP/s a GPU"
+            for tag, value in numbers.items():
+                self._tensorboard.add_scalar(tag, value, step)
+        if self._wandb is not None:
+            self._wandb.log({"iteration": step, **numbers})
+        self._written.append(time.monotonic())
+        pace = (self._written[-1] - self._written[0]) / (len(self._written) - 1)
+        figures = figures_of(metrics)
         self._bar.update()
         self._bar.set_postfix_str(figures, refresh=False)
-        step, valid = metrics["iteration"], metrics.get("valid_lm_loss")
         if valid is not None:
             self.say(f"step {step}/{self._train_iters}: held-out lm loss {valid:.4f}")
         if self._bar.disable and (step % self._log_interval == 0 or step == self._train_iters):
-            self.say(f"step {step}/{self._train_iters}: {figures}, lr {metrics['learning_rate']:.3g}")
+            left = tqdm.format_interval(pace * (self._train_iters - step))
+            self.say(f"step {step}/{self._train_iters}: {figures}, lr {metrics['learning_rate']:.3g}, {left} left")
 
     def say(self, text: str) -> None:
         """Print a line without tearing the bar."""
@@ -91,6 +91,34 @@ class MetricsLog:
             self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
+
+
+def figures_of(metrics: dict[str, Any]) -> str:
+    """A step in less than 80 columns."""
+    text = (
+        f"loss {metrics['weighted_loss']:.4f}, lm {metrics['lm_loss']:.4f}, grad {metrics['grad_norm']:.3g}, "
+        f"{tqdm.format_sizeof(metrics['tokens_per_second'])} tok/s"
+    )
+    if "model_flops_utilization" in metrics:
+        rate, share = metrics["tflops_per_second_per_gpu"], metrics["model_flops_utilization"]
+        text += f", {rate:.0f} TFLOP/s {share:.0%}"
+    return text
+
+
+def scalars(metrics: dict[str, Any]) -> dict[str, float]:
+    """All numbers of a step by name; of numbers by name NAME/PART, of a bucket of positions NAME_by_position/FIRST-LAST."""
+    found = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            found |= {f"{name}/{part}": number for part, number in value.items()}
+    for prefix in ("", "valid_"):
+        for bucket in metrics.get(f"{prefix}by_position", ()):
+            for name in bucket.keys() - {"first", "last", "targets"}:
+                if bucket[name] is not None:
+                    found[f"{prefix}{name}_by_position/{bucket['first']}-{bucket['last']}"] = bucket[name]
+    return found
 
 
 def _leave_errors_to_the_caller() -> None:

@@ -16,6 +16,7 @@ from megatron_tw.runtime.opening import check_attention, open_rows
 from megatron_tw.runtime.optimizer import optimizer_fields
 from megatron_tw.runtime.run_folder import check_save_target, find_checkpoint
 from megatron_tw.runtime.source import ModelSource, open_source
+from megatron_tw.runtime.wandb_run import check_wandb
 from megatron_tw.training.ruler import open_ruler
 from megatron_tw.training.scorers import ScorerInputs, ScorerMaker, check_scorer_options, open_scorer
 from megatron_tw.training.settings import Settings
@@ -52,6 +53,8 @@ def open_inputs(config: RunConfig) -> Inputs:
     check_scorer_options(config, needed=schedule.needs_scorer)
     check_save_target(config.checkpoint.save, config.checkpoint.load)
     _check_folder("--tensorboard-dir", config.logging.tensorboard_dir)
+    _check_folder("--wandb-save-dir", config.logging.wandb_save_dir)
+    check_wandb(config)
     if config.checkpoint.save_hf is not None:
         check_export_target(Path(config.checkpoint.save_hf))
     source = open_source(

@@ -13,8 +13,9 @@ from megatron_tw.data.blend import taken
 from megatron_tw.data.loader import Loader
 from megatron_tw.model.build import build_model, save_hf
 from megatron_tw.objective.report import StepReport
+from megatron_tw.parallel.agree import raise_together
 from megatron_tw.parallel.contact import now_at
-from megatron_tw.parallel.devices import Device, device_name, peak_memory_bytes
+from megatron_tw.parallel.devices import Device, device_name
 from megatron_tw.parallel.gpus import gpu_of
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.runtime.checkpoint import CONFIG_FILE, save_checkpoint
@@ -32,7 +33,9 @@ from megatron_tw.runtime.optimizer import (
     wrap_for_training,
 )
 from megatron_tw.runtime.outputs import hold_export, hold_run
+from megatron_tw.runtime.profiling import StepProfiler
 from megatron_tw.runtime.run_folder import RunState, begin_again
+from megatron_tw.runtime.wandb_run import open_wandb
 from megatron_tw.training.flops import StepFlops, rates
 from megatron_tw.training.inputs import Inputs, open_inputs, outdated
 from megatron_tw.training.ruler import ruler_metrics
@@ -60,10 +63,23 @@ def train(config: RunConfig) -> "Run":
     ):
         if outdated(inputs, config):  # another run ended while this one waited for the folder
             inputs = open_inputs(config)
+        wandb_run = _open_wandb(config)
         run = Run.start(config, inputs, open_layout(config.parallel, inputs.source), device)
-        run.lock, run.export_lock = lock, export_lock
+        run.lock, run.export_lock, run.wandb = lock, export_lock, wandb_run
         run.train()
     return run
+
+
+def _open_wandb(config: RunConfig) -> Any:
+    """Rank 0's run in W&B, before anything is allocated. Collective over the world."""
+    opened, error = None, None
+    if dist.get_rank() == 0:
+        try:
+            opened = open_wandb(config)
+        except ValueError as refused:
+            error = refused
+    raise_together(error)
+    return opened
 
 
 @dataclass(kw_only=True)
@@ -71,7 +87,8 @@ class Run:
     """A training run that is set up: model, optimizer, data and how far it has come.
 
     lock, export_lock: rank 0's, of --save and --save-hf; None on the others, and where nobody else can write there.
-    interrupted: whether Ctrl-C ended it. kept: the checkpoint that holds the weights as they are now, if there is one.
+    wandb: rank 0's run in W&B, with --wandb-project. interrupted: whether Ctrl-C ended it. kept: the checkpoint that
+    holds the weights as they are now, if there is one.
     """
 
     config: RunConfig
@@ -84,6 +101,7 @@ class Run:
     iteration: int = 0
     lock: FolderLock | None = None
     export_lock: FolderLock | None = None
+    wandb: Any = None
     interrupted: bool = False
     kept: Path | None = None
 
@@ -164,24 +182,27 @@ class Run:
 
     def train(self) -> None:
         """Step until the run ends, saving as it goes."""
-        config, last = self.config, self.config.train.train_iters
+        config, last, clock = self.config, self.config.train.train_iters, self.step.clock
+        profiler = StepProfiler(config.logging, config.checkpoint.save, self.layout.rank)
         log = self._open_log()
         try:
             with Exits(config.train, self.step.device) as exits:
                 while self.iteration < last:
                     now_at(f"step {self.iteration + 1}")
-                    metrics = self.step(next(self.loader), self.iteration)
+                    with clock.part("data"):
+                        batches = next(self.loader)
+                    profiler.before(self.iteration)
+                    metrics = self.step(batches, self.iteration)
                     self.iteration += 1
+                    profiler.after(self.iteration)
                     self.kept = None
                     if self.validation is not None and (
                         self.iteration % self.validation.interval == 0 or self.iteration == last
                     ):
                         now_at(f"the held-out rows after step {self.iteration}")
-                        metrics |= self.validation.metrics(self.step.model)
-                        if self.inputs.ruler is not None:
-                            metrics |= ruler_metrics(
-                                self.inputs.ruler, self.step.model, config, self.layout, self.step.device
-                            )
+                        with clock.part("evaluation"):
+                            metrics |= self._evaluate()
+                    metrics |= clock.metrics()
                     if log is not None:
                         log.write(self._with_run_metrics(metrics))
                     reason = exits.reason(self.iteration)
@@ -189,7 +210,8 @@ class Run:
                     due = interval is not None and self.iteration % interval == 0
                     if config.checkpoint.save is not None and (due or reason or self.iteration == last):
                         now_at(f"the checkpoint of step {self.iteration}")
-                        self.kept = self._save()
+                        with clock.part("checkpoint"):
+                            self.kept = self._save()
                         if log is not None:
                             log.say(f"checkpoint: {self.kept}")
                     if reason:
@@ -204,6 +226,14 @@ class Run:
             now_at("the export")
             self._export(config.checkpoint.save_hf)
 
+    def _evaluate(self) -> dict[str, Any]:
+        """Metrics of the held-out rows and of RULER."""
+        assert self.validation is not None
+        metrics = self.validation.metrics(self.step.model)
+        if self.inputs.ruler is not None:
+            metrics |= ruler_metrics(self.inputs.ruler, self.step.model, self.config, self.layout, self.step.device)
+        return metrics
+
     def _open_log(self) -> MetricsLog | None:
         if not self.layout.reports:
             return None
@@ -216,6 +246,7 @@ class Run:
             start_iteration=self.iteration,
             train_iters=config.train.train_iters,
             log_interval=config.logging.log_interval,
+            wandb=self.wandb,
         )
         if saved is not None:
             layouts = f"{saved.layout}, now {self.layout.describe()}"
@@ -300,7 +331,6 @@ class Run:
             "world_size": self.layout.world_size,
             "tokens_per_second": tokens / metrics["step_seconds"],
             **rates(metrics["model_flops"], metrics["step_seconds"], self.layout.world_size, gpu_of(device_name())),
-            "peak_memory_gib": peak_memory_bytes() / 2**30,
         }
 
     def _state(self) -> RunState:

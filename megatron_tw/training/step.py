@@ -27,6 +27,7 @@ from megatron_tw.model.forward import Sequences, call_model, long_sequences, row
 from megatron_tw.objective import ShortNLL, StepReport, weighted_loss
 from megatron_tw.parallel.devices import Device, synchronize
 from megatron_tw.parallel.layout import Layout
+from megatron_tw.runtime.clock import Clock
 from megatron_tw.training.flops import StepFlops
 from megatron_tw.training.scorers import Scorer
 from megatron_tw.weighting import Scheme, check_finite
@@ -47,7 +48,7 @@ class StepBatch:
 class TrainingStep:
     """The step of one run. Calling it with this rank's micro-batches updates the model and returns the step's metrics.
 
-    report: what it says of losses and weights. flops: what it costs.
+    report: what it says of losses and weights. flops: what it costs. clock: where its time goes.
     """
 
     model: Sequence[DistributedDataParallel]
@@ -60,7 +61,13 @@ class TrainingStep:
     report: StepReport
     flops: StepFlops
     seed: int
+    clock: Clock = field(init=False)
     _seen: list[tuple[StepBatch, Tensor, Tensor | None]] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        self.clock = Clock(self.device)
+        for chunk in self.model:
+            chunk.config.timers = self.clock
 
     def __call__(self, batches: Sequence[Batch], iteration: int) -> dict[str, Any]:
         """Run the step that `iteration` steps have gone before on `batches`, this data-parallel rank's micro-batches of
@@ -97,7 +104,8 @@ class TrainingStep:
         if nonfinite:
             self._raise_nonfinite(nonfinite)
         learning_rate = self.scheduler.get_lr(self.optimizer.param_groups[0])
-        _, grad_norm, _ = self.optimizer.step()
+        with self.clock.part("optimizer"):
+            _, grad_norm, _ = self.optimizer.step()
         if not math.isfinite(grad_norm):
             raise ValueError(
                 f"gradients: a norm of {grad_norm} in step {iteration + 1}; the weights are lost, and nothing of this "
@@ -124,7 +132,8 @@ class TrainingStep:
         row_index_R = torch.cat([batch.row_index for batch in batches])
         short_RT = None
         if self.scorer is not None and weighting.needs_scorer:
-            short_RT = self.scorer.short_nll(rows_RN, row_index_R)
+            with self.clock.part("scoring"):
+                short_RT = self.scorer.short_nll(rows_RN, row_index_R)
             synchronize()
         prepared = []
         for index, (batch, rows_MN) in enumerate(zip(batches, rows_RN.split(size), strict=True)):
