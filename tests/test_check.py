@@ -61,7 +61,7 @@ def test_all_that_is_wrong_is_found_at_once(ranks, tmp_path):
 
 def test_what_needs_files_that_do_not_open_is_left_out(ranks, reference_data):
     config = options(AXES, reference_data)
-    config = replace(config, data=replace(config.data, data_path=str(reference_data / "none")))
+    config = replace(config, data=replace(config.data, data_path=(str(reference_data / "none"),)))
     (lines, _) = ranks(AXES.world_size).run(checked, config)
     assert [line.ok for line in lines] == [False, None, None, None, True]
     assert lines[0].text.startswith("--data-path: ")

@@ -108,7 +108,8 @@ def figures_of(metrics: dict[str, Any]) -> str:
 
 
 def scalars(metrics: dict[str, Any]) -> dict[str, float]:
-    """All numbers of a step by name; of numbers by name NAME/PART, of a bucket of positions NAME_by_position/FIRST-LAST."""
+    """All numbers of a step by name: NAME/PART for numbers by name, NAME_by_position/FIRST-LAST for a bucket of
+    positions."""
     found = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
     for name, value in metrics.items():
         if isinstance(value, dict):
