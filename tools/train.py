@@ -6,6 +6,7 @@ torchrun --nproc-per-node 4 tools/train.py --config options.yaml --load-hf DIR -
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_tw.config import RunConfig, check_config, load_config, user_errors
@@ -15,6 +16,7 @@ from megatron_tw.config.errors import INTERRUPTED
 def main(argv: Sequence[str]) -> None:
     """Parse, check, train. A user's mistake is one line on stderr and exit status 2."""
     config = load_config(argv, prog="tools/train.py", description="Extend a model's context window.")
+    config = replace(config, checkpoint=config.checkpoint.resuming())
     with user_errors():
         check_config(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))  # from the launcher
         from megatron_tw.parallel.contact import lost_ranks_named

@@ -15,6 +15,7 @@ from megatron_tw.config.schema import (
     ComputeConfig,
     DataConfig,
     DataParallelConfig,
+    FaultConfig,
     KernelConfig,
     LoggingConfig,
     ModelConfig,
@@ -80,6 +81,7 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
         config.train.eval_ruler is None or config.train.eval_interval is not None,
         "--eval-ruler: expected --eval-interval and --valid-data-path with it",
     )
+    check_faults(config.faults)
     _at_least(0, seed=config.train.seed, bos_id=config.data.bos_id)
     check_logging(config.logging, config.checkpoint, world_size)
     if world_size is not None:
@@ -418,8 +420,16 @@ def check_checkpoint(checkpoint: CheckpointConfig, model: ModelConfig, data: Dat
         or Path(checkpoint.save).resolve() not in (Path(pretrained).resolve(), Path(pretrained).resolve().parent),
         f"--save: expected another folder than the run of --pretrained-checkpoint {pretrained}, got {checkpoint.save}",
     )
-    _at_least(1, save_interval=checkpoint.save_interval)
+    every, retain = checkpoint.save_interval, checkpoint.save_retain_interval
+    _at_least(1, save_interval=every, save_retain_interval=retain, keep_last=checkpoint.keep_last)
+    _require(
+        retain is None or (every is not None and retain % every == 0),
+        f"--save-retain-interval: expected a multiple of --save-interval {every}, got {retain}",
+    )
     for name, value in (
+        ("async_save", checkpoint.async_save or None),
+        ("keep_last", checkpoint.keep_last),
+        ("auto_resume", checkpoint.auto_resume or None),
         ("save_interval", checkpoint.save_interval),
         ("exit_interval", train.exit_interval),
         ("exit_duration_in_mins", train.exit_duration_in_mins),
@@ -441,6 +451,16 @@ def check_checkpoint(checkpoint: CheckpointConfig, model: ModelConfig, data: Dat
                 folder is None or other is None or Path(folder).resolve() != Path(other).resolve(),
                 f"{flag(target)}: expected another folder than {flag(name)}, got {folder} for both",
             )
+
+
+def check_faults(faults: FaultConfig) -> None:
+    """Ranges of the numbers of bad steps, and that nothing is said of those that end the run at once."""
+    _at_least(1, max_bad_steps=faults.max_bad_steps)
+    _above(0, loss_spike_sigmas=faults.loss_spike_sigmas, hang_timeout_in_mins=faults.hang_timeout_in_mins)
+    _require(
+        faults.on_bad_step == "skip" or faults.max_bad_steps == FaultConfig.max_bad_steps,
+        f"--max-bad-steps {faults.max_bad_steps}: expected --on-bad-step skip with it",
+    )
 
 
 def check_model_shape(

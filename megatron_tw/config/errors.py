@@ -65,7 +65,7 @@ def user_errors() -> Iterator[None]:
             time.sleep(GRACE_SECONDS)
         where = f" (rank {rank})" if rank != 0 else ""
         text = _os_error_in_words(error) if isinstance(error, OSError) else str(error)
-        _tell(f"error{where}: {_with_files(' '.join(text.split()))}")
+        tell(f"error{where}: {_with_files(' '.join(text.split()))}")
         sys.exit(1 if isinstance(error, FaultError) else 2)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
@@ -94,7 +94,8 @@ def _raised_here(error: BaseException) -> bool:
     return path.is_relative_to(_PROJECT) and "site-packages" not in path.relative_to(_PROJECT).parts
 
 
-def _tell(line: str) -> None:
+def tell(line: str) -> None:
+    """Print a line on stderr, or where torchrun makes its summary from."""
     summary = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if summary:
         with suppress(OSError):

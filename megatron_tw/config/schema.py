@@ -409,8 +409,18 @@ class CheckpointConfig:
     """Folder of the run: checkpoints, metrics.jsonl, the resolved options."""
     save_interval: int | None = None
     """Steps between two checkpoints (null: only at the end)."""
+    async_save: bool = False
+    """Go on with the training while a checkpoint is written, by a process beside each rank, from a copy in the host's
+    memory; it is there when all of it is written."""
+    save_retain_interval: int | None = None
+    """Steps between two checkpoints that are kept; of the others only the last is, or --keep-last (null: all are)."""
+    keep_last: int | None = None
+    """How many of the newest checkpoints are kept, besides those of --save-retain-interval and the one that the run was
+    resumed from (null: all, or one with --save-retain-interval)."""
     load: str | None = None
     """Folder of a run to resume; without a checkpoint in it the run starts fresh and says so."""
+    auto_resume: bool = False
+    """Without --load: as --load with the folder of --save, so that the same command starts a run and resumes it."""
     pretrained_checkpoint: str | None = None
     """Folder of an earlier run, or one checkpoint of it, whose weights alone a fresh run starts from, at iteration 0;
     the old context is then its rows' length (a checkpoint under --load wins; --load-hf may be left out)."""
@@ -423,6 +433,27 @@ class CheckpointConfig:
     """Compare the files of a checkpoint or an export with their checksums before it is read."""
     save_hf: str | None = None
     """Folder for the final model in Hugging Face format."""
+
+    def resuming(self) -> "CheckpointConfig":
+        """With --load filled in by --auto-resume."""
+        return replace(self, load=self.save) if self.auto_resume and self.load is None else self
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultConfig:
+    """Faults: what becomes of a step that goes wrong, and of a rank that stops."""
+
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """What follows a step whose losses or gradients are NaN or infinite, or whose loss is one of --loss-spike-sigmas:
+    the run ends (stop), or goes on without an update of the weights (skip)."""
+    max_bad_steps: int = 3
+    """For skip: bad steps in a row after which another one ends the run."""
+    loss_spike_sigmas: float | None = None
+    """A step is bad, too, whose lm_loss is above the mean of the last 100 good ones (20 at least) by so many of their
+    standard deviations (null: none is)."""
+    hang_timeout_in_mins: float = 30.0
+    """Minutes without progress of a rank (a step, a save, a pass over held-out rows) after which the job ends, with a
+    line that names the rank, its host and its step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -451,6 +482,8 @@ class LoggingConfig:
     """For --profile: the last step that is traced."""
     profile_ranks: tuple[int, ...] = (0,)
     """For --profile: ranks that write a trace."""
+    log_row_ids: bool = False
+    """Write into metrics.jsonl the numbers of the rows that a step trained on, as its ranks took them (row_ids)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -470,6 +503,7 @@ class RunConfig:
     scorer: ScorerConfig = field(default_factory=ScorerConfig)
     windows: WindowsConfig = field(default_factory=WindowsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     @property

@@ -12,7 +12,8 @@ NEEDED = ("iteration", "weighted_loss", "lm_loss")
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The steps of a run, oldest first, from the folder that was its --save.
+    """The steps of a run, oldest first, from the folder that was its --save; without those that were skipped and whose
+    loss was no number.
 
     Raises:
         ValueError: no metrics there, or a line that is no step: an object of numbers, of the step after the one before.
@@ -26,6 +27,8 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
             step = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{file}, line {number}: no JSON: {error}") from error
+        if isinstance(step, dict) and _is_number(step.get("iteration")) and step.get("lm_loss", ...) is None:
+            continue
         if not isinstance(step, dict) or any(not _is_number(step.get(name)) for name in NEEDED):
             raise ValueError(f"{file}, line {number}: expected an object with {', '.join(NEEDED)}, got {line[:80]}")
         for name, value in step.items():

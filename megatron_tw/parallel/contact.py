@@ -1,7 +1,8 @@
 """Ranks that stop answering: who they are, how far they came, and where the others wait for them.
 
 Each rank keeps in the store of the world how far it is (`now_at`). When a collective fails, because its time is over
-or because a rank is gone, every rank that sees it leaves a mark there; the ranks without one are those that hang.
+or because a rank is gone, every rank that sees it leaves a mark there; the ranks without one are those that hang. What
+ends a job whose collectives do not fail is in heartbeat.py.
 """
 
 import os
@@ -25,12 +26,21 @@ _HERE = Path(__file__).resolve().parents[2]
 _NAMED = 8
 
 
+_progress = "its start", time.monotonic()
+
+
 def now_at(place: str) -> None:
     """Say where this rank is, as "step 12": what others tell of it should it stop answering. Not collective."""
-    store = _store()
-    if store is not None:
+    global _progress
+    _progress = place, time.monotonic()
+    if dist.is_initialized():
         with suppress(RuntimeError):
-            store.set(f"at/{dist.get_rank()}", f"{place} on {socket.gethostname()}")
+            world_store().set(f"at/{dist.get_rank()}", f"{place} on {socket.gethostname()}")
+
+
+def progress() -> tuple[str, float]:
+    """Where this rank said it is, and since when (time.monotonic)."""
+    return _progress
 
 
 @contextmanager
@@ -49,12 +59,13 @@ def lost_ranks_named(timeout_minutes: float) -> Iterator[None]:
             raise
         waited = f" within {timeout_minutes:g} minutes (--distributed-timeout-minutes)"
         why = f"no answer{waited if _TIME_OVER.search(str(error)) else ': the connection was lost'}"
-        raise FaultError(f"{collective_of(error)}: {why}; {_missing()}") from error
+        where = collective_of(traceback.extract_tb(error.__traceback__))
+        raise FaultError(f"{where}: {why}; {_missing()}") from error
 
 
-def collective_of(error: BaseException) -> str:
-    """The collective that failed and who called it, as "all_reduce (training/step.py:190)"."""
-    frames = traceback.extract_tb(error.__traceback__)
+def collective_of(frames: traceback.StackSummary) -> str:
+    """The collective that failed, or still waits, and who called it, as "all_reduce (training/step.py:190)"; frames:
+    the outermost first."""
     name, caller = "a collective", None
     for frame in frames:
         file = frame.filename.replace(os.sep, "/")
@@ -77,9 +88,7 @@ def collective_of(error: BaseException) -> str:
 
 def _missing() -> str:
     """The ranks that left no mark, and where each of them was."""
-    store, me, size = _store(), dist.get_rank(), dist.get_world_size()
-    if store is None:
-        return "no other rank"
+    store, me, size = world_store(), dist.get_rank(), dist.get_world_size()
     silent = set(range(size)) - {me}
     try:
         store.set(f"lost/{me}", "")
@@ -89,20 +98,24 @@ def _missing() -> str:
             time.sleep(0.1)
         if not silent:
             return "every rank waits: they do not wait for the same collective"
-        said = [f"rank {rank} ({_place(store, rank)})" for rank in sorted(silent)[:_NAMED]]
+        said = [f"rank {rank} ({place_of(store, rank)})" for rank in sorted(silent)[:_NAMED]]
         more = f" and {len(silent) - _NAMED} more" if len(silent) > _NAMED else ""
-        mine = _place(store, me).rpartition(" on ")[0]
+        mine = place_of(store, me).rpartition(" on ")[0]
         return f"waited at {mine} for {', '.join(said)}{more}"
     except RuntimeError:  # the store is gone with the rank or the launcher that kept it
         return "the store of the ranks is gone too"
 
 
-def _place(store: dist.Store, rank: int) -> str:
+def place_of(store: dist.Store, rank: int) -> str:
+    """Where a rank said it is, and its host."""
     key = f"at/{rank}"
     return store.get(key).decode() if store.check([key]) else "at its start"
 
 
-def _store() -> dist.Store | None:
-    if not dist.is_initialized():
-        return None
-    return dist.PrefixStore("megatron_tw/contact", dist.distributed_c10d._get_default_store())
+def world_store(*, own_connection: bool = False) -> dist.Store:
+    """The part of the world's store that ranks tell each other in where they are. own_connection: for a thread; the
+    main thread may hold the usual one, and wait."""
+    store = dist.distributed_c10d._get_default_store()
+    if own_connection and hasattr(store, "clone"):  # not in the oldest PyTorch
+        store = store.clone()
+    return dist.PrefixStore("megatron_tw/contact", store)

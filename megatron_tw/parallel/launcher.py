@@ -34,10 +34,33 @@ def _watch(launcher: int) -> None:
     end_process()
 
 
+def end_with(parent: int) -> None:
+    """End this process, which `parent` started, when that is gone; seen in a thread."""
+    threading.Thread(target=_end_after, args=(parent,), name="parent", daemon=True).start()
+
+
 def end_process() -> NoReturn:
     """End this process at once, and before it what it started: the writers of a checkpoint would go on. Its main thread
     may wait in a collective with ranks that are gone."""
-    for child in psutil.Process().children(recursive=True):
+    _kill_children(psutil.Process())
+    os._exit(1)
+
+
+def kill_with_children(number: int) -> None:
+    """Kill a process and all that it started, if it is there."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(number)
+        _kill_children(process)
+        process.kill()
+
+
+def _end_after(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(CHECK_SECONDS)
+    end_process()
+
+
+def _kill_children(process: psutil.Process) -> None:
+    for child in process.children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             child.kill()
-    os._exit(1)

@@ -33,8 +33,8 @@ from megatron_tw.parallel.devices import Device, device_name, synchronize
 from megatron_tw.parallel.gpus import gpu_of
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.runtime.opening import join_world, open_layout
-from megatron_tw.runtime.outputs import OPTIMIZER_BYTES, hold_export, hold_run, parameters
-from megatron_tw.training.inputs import Inputs, open_inputs
+from megatron_tw.runtime.outputs import hold_export, hold_run
+from megatron_tw.training.inputs import Inputs, bytes_of_checkpoint, open_inputs
 
 MESSAGE_BYTES = {"cuda": 256 << 20, "cpu": 4 << 20}
 """Of the timed all-reduce: large enough for a link's bandwidth."""
@@ -144,14 +144,13 @@ def check_folders(config: RunConfig, inputs: Inputs) -> str:
     architecture, checkpoint = inputs.source.architecture, config.checkpoint
     dtype = torch.bfloat16 if config.compute.bf16 else torch.float32
     with (
-        hold_run(checkpoint.save, architecture, dtype, optimizer=True),
+        hold_run(checkpoint.save, size := bytes_of_checkpoint(config, inputs)),
         hold_export(checkpoint.save_hf, architecture, dtype),
     ):
         pass
     if checkpoint.save is None:
         return "no --save"
     save = Path(checkpoint.save)
-    size = parameters(architecture) * (dtype.itemsize + OPTIMIZER_BYTES)
     there = next(path for path in (save, *save.absolute().parents) if path.exists())
     free = psutil.disk_usage(str(there)).free
     return f"--save can be written to: room for {free // size:,} checkpoints of {size / 1e9:,.1f} GB"

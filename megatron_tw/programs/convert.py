@@ -11,7 +11,7 @@ from megatron_tw.model.build import check_export_target, save_hf
 from megatron_tw.runtime.checkpoint import save_checkpoint
 from megatron_tw.runtime.checksums import seal
 from megatron_tw.runtime.opening import join_world, open_model
-from megatron_tw.runtime.outputs import hold_export, hold_run
+from megatron_tw.runtime.outputs import checkpoint_bytes, hold_export, hold_run
 from megatron_tw.runtime.run_folder import RunState, check_save_target
 from megatron_tw.runtime.source import open_source
 
@@ -37,7 +37,7 @@ def convert(config: ConversionConfig) -> str:
     compute = ComputeConfig(bf16=architecture.dtype == torch.bfloat16)
     length = options.seq_length or architecture.max_position_embeddings
     with (
-        hold_run(options.save, architecture, architecture.dtype, optimizer=False) as lock,
+        hold_run(options.save, checkpoint_bytes(architecture, architecture.dtype)) as lock,
         hold_export(options.save_hf, architecture, architecture.dtype) as export_lock,
     ):
         layout, chunks = open_model(source, config.layout, compute, device)

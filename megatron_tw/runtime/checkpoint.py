@@ -10,9 +10,11 @@
     write iter_0000030.1a2b3c4d.partial -> checksums -> still our folder? -> rename -> name it in the tracker
 
 The number in the partial folder's name is the run's own, so a rank of a dead run that still writes never writes into
-what another run keeps; and a checkpoint is there complete or not at all.
+what another run keeps; and a checkpoint is there complete or not at all. `begin_checkpoint` does the writing, or starts
+a process on each rank that does, and `UnfinishedCheckpoint.complete` the rest.
 """
 
+import inspect
 import json
 import logging
 import os
@@ -22,7 +24,7 @@ import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,7 +46,8 @@ from megatron_tw.model.build import copy_tokenizer
 from megatron_tw.model.gpt import TokenWeightedGPT
 from megatron_tw.parallel.agree import raise_together
 from megatron_tw.parallel.layout import Layout
-from megatron_tw.runtime.checksums import seal
+from megatron_tw.runtime.beside import WriterBeside
+from megatron_tw.runtime.checksums import Entry, seal
 from megatron_tw.runtime.lock import FolderLock
 from megatron_tw.runtime.optimizer import load_optimizer
 from megatron_tw.runtime.run_folder import (
@@ -60,8 +63,8 @@ from megatron_tw.runtime.run_folder import (
 )
 
 CONFIG_FILE = "config.yaml"
-logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
-"""What it logs it raises too."""
+for _name in ("filesystem_async", "torch"):  # the one raises too what it logs; the other advises to install NVRx
+    logging.getLogger(f"megatron.core.dist_checkpointing.strategies.{_name}").setLevel(logging.CRITICAL)
 _OF_DAMAGE = (
     *(OSError, EOFError, RuntimeError, KeyError),
     *(pickle.UnpicklingError, AttributeError, ImportError, IndexError, TypeError, ValueError),
@@ -89,7 +92,75 @@ class HasState(Protocol):
         """Take these entries back from a loaded state dict."""
 
 
+@dataclass(kw_only=True)
+class UnfinishedCheckpoint:
+    """A checkpoint between its first file and its name, on every rank.
+
+    option: what names the folder, for messages. beside: what writes this rank's files, where that is not done yet.
+    """
+
+    directory: Path
+    partial: Path
+    option: str
+    iteration: int
+    lock: FolderLock | None
+    beside: WriterBeside | None = None
+
+    def complete(self, *, wait: bool) -> Path | None:
+        """Give it its name when the files of all ranks are on disk, and return its folder; None where some are not yet
+        and `wait` is False. Collective over the world.
+
+        Raises:
+            OSError, ValueError: as `save_checkpoint`.
+        """
+        beside = self.beside
+        digests: dict[str, Entry] = {}
+        if not wait and beside is not None and not beside.is_done():
+            return None
+        with _whole_or_nothing(self.partial, f"{self.option}: {self.directory.name}"):
+            if beside is not None:
+                self.beside = None
+                with _one_error():
+                    digests = beside.finish()
+            seal(self.partial, digests)
+            with _on_rank_0():
+                if dist.get_rank() == 0:
+                    self._give_its_name()
+        return self.directory
+
+    def abandon(self) -> None:
+        """End what writes it. Not collective: another rank may be lost. The folder's next run removes its files."""
+        if self.beside is not None:
+            self.beside.abandon()
+
+    def _give_its_name(self) -> None:
+        _sync_folder(self.partial)
+        if self.lock is not None:
+            self.lock.check()
+        save = self.directory.parent
+        with text_in_place_of(save / TRACKER, f"{self.iteration}\n"):
+            if self.directory.exists():  # of a run that was taken back to an earlier checkpoint
+                shutil.rmtree(self.directory)
+            self.partial.rename(self.directory)
+        _sync_folder(save)
+
+
 def save_checkpoint(
+    save: str | Path, chunks: Sequence[TokenWeightedGPT], state: RunState, layout: Layout, **options: Any
+) -> Path:
+    """Write a checkpoint under `save` and return its folder. Collective over the world; storage is shared. options: of
+    `begin_checkpoint`.
+
+    Raises:
+        OSError: it could not be written, on every rank; those that were there are as they were.
+        ValueError: another run has taken the folder.
+    """
+    directory = begin_checkpoint(save, chunks, state, layout, **options).complete(wait=True)
+    assert directory is not None
+    return directory
+
+
+def begin_checkpoint(
     save: str | Path,
     chunks: Sequence[TokenWeightedGPT],
     state: RunState,
@@ -102,27 +173,37 @@ def save_checkpoint(
     config: object | None = None,
     tokenizer_dir: Path | None = None,
     for_any_layout: bool = True,
-) -> Path:
-    """Write a checkpoint under `save` and return its folder. Collective over the world; storage is shared.
+    expected_bytes: int = 0,
+    beside: bool = False,
+) -> UnfinishedCheckpoint:
+    """Write the files of a checkpoint under `save`. Collective over the world; storage is shared.
 
     lock: rank 0's, of the folder; None on the others. optimizer: takes part after at least one step (there is no state
     before); None saves the weights alone. config: the resolved options, kept beside the checkpoint. tokenizer_dir: its
     tokenizer files are kept, for export. for_any_layout: whether another layout can read the optimizer's state.
+    expected_bytes: what it will take on disk, where there is none before it to tell. beside: what is large is written
+    by a process that each rank starts, from a copy in the host's memory: the weights may change when this returns.
 
     Raises:
-        OSError: it could not be written, on every rank; those that were there are as they were.
-        ValueError: another run has taken the folder.
+        OSError, ValueError: as `save_checkpoint`.
     """
     directory = checkpoint_dir(save, state.iteration)
     names = [f"{directory.name}.{uuid.uuid4().hex[:8]}.partial"]
     dist.broadcast_object_list(names, src=0)
-    partial = Path(save) / names[0]
-    with _whole_or_nothing(partial, f"--save {save}: {directory.name}"):
+    unfinished = UnfinishedCheckpoint(
+        directory=directory,
+        partial=Path(save) / names[0],
+        option=f"--save {save}",
+        iteration=state.iteration,
+        lock=lock,
+    )
+    with _whole_or_nothing(unfinished.partial, f"--save {save}: {directory.name}"):
         with _on_rank_0():
             if layout.rank == 0:
                 if lock is not None:
                     lock.check()
-                partial.mkdir(parents=True)
+                _check_room(Path(save), expected_bytes)
+                unfinished.partial.mkdir(parents=True)
         sharded = _model_state(chunks)
         if optimizer is not None and scheduler is not None:
             metadata = dict(_FOR_ANY_LAYOUT if for_any_layout else _AS_RANKS_HOLD_IT)
@@ -131,9 +212,7 @@ def save_checkpoint(
         scorer_state = scorer.sharded_state() if scorer is not None else {}
         sharded |= scorer_state
         with _one_error():
-            dist_checkpointing.save(
-                sharded, str(partial), preprocess_common_before_consistancy_check=_without_gathered_state
-            )
+            _write_shards(sharded, unfinished, beside=beside)
         with _on_rank_0():
             if layout.rank == 0:
                 header = {
@@ -152,23 +231,35 @@ def save_checkpoint(
                         dtype=next(chunks[0].parameters()).dtype,
                     ),
                 }
-                (partial / HEADER_FILE).write_text(json.dumps(header, indent=2) + "\n")
+                (unfinished.partial / HEADER_FILE).write_text(json.dumps(header, indent=2) + "\n")
                 if config is not None:
-                    save_config(config, partial / CONFIG_FILE)
+                    save_config(config, unfinished.partial / CONFIG_FILE)
                 if tokenizer_dir is not None:
-                    copy_tokenizer(tokenizer_dir, partial / "tokenizer")
-        seal(partial)
-        with _on_rank_0():
-            if layout.rank == 0:
-                _sync_folder(partial)
-                if lock is not None:
-                    lock.check()
-                with text_in_place_of(Path(save) / TRACKER, f"{state.iteration}\n"):
-                    if directory.exists():  # of a run that was taken back to an earlier checkpoint
-                        shutil.rmtree(directory)
-                    partial.rename(directory)
-                _sync_folder(Path(save))
-    return directory
+                    copy_tokenizer(tokenizer_dir, unfinished.partial / "tokenizer")
+    return unfinished
+
+
+def _write_shards(sharded: dict[str, Any], unfinished: UnfinishedCheckpoint, *, beside: bool) -> None:
+    """Write a sharded state dict, or start a process on each rank that does."""
+    options: dict[str, Any] = {"preprocess_common_before_consistancy_check": _without_gathered_state}
+    if not beside:
+        dist_checkpointing.save(sharded, str(unfinished.partial), **options)
+        return
+    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:  # from 0.17 on; else NVIDIA's NVRx
+        options["async_strategy"] = "mcore"
+    request = dist_checkpointing.save(sharded, str(unfinished.partial), async_sharded_save=True, **options)
+    assert request is not None
+    unfinished.beside = WriterBeside(request, unfinished.partial)
+
+
+def _check_room(save: Path, expected_bytes: int) -> None:
+    """That what is free is enough for a checkpoint as large as the newest one, or as expected where there is none."""
+    newest = complete_checkpoints(save)[-1:]
+    sizes = [file.stat().st_size for directory in newest for file in directory.rglob("*") if file.is_file()]
+    there = next(folder for folder in (save.absolute(), *save.absolute().parents) if folder.is_dir())
+    needed, free = sum(sizes) or expected_bytes, shutil.disk_usage(there).free
+    if free < needed:
+        raise OSError(f"expected {needed / 2**30:.3g} GiB of free space, nothing was written")
 
 
 def load_checkpoint(

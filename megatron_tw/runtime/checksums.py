@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,15 @@ _FILES_AT_ONCE = 2
 _WRITTEN_BY = re.compile(r"__(\d+)_\d+\.distcp|model-(\d+)-of-\d+\.safetensors")
 
 
-def hash_files(directory: Path) -> dict[str, dict[str, Any]]:
+Entry = dict[str, Any]
+"""`bytes` and `digest` of a file."""
+
+
+def hash_files(directory: Path, known: Mapping[str, Entry]) -> dict[str, Entry]:
     """Size and digest of every file of a checkpoint that was just written, by name; each is on disk when this returns.
     The same on every rank. Collective over the world.
+
+    known: those of files that this rank wrote, as far as it has them already.
 
     Raises:
         OSError: a file that cannot be read, or not be written to disk.
@@ -38,24 +44,31 @@ def hash_files(directory: Path) -> dict[str, dict[str, Any]]:
     world_size, rank = dist.get_world_size(), dist.get_rank()
     error, files = None, {}
     try:
-        mine = [name for name in _names_of(directory) if _writer(name) % world_size == rank]
-        with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-            files = dict(zip(mine, pool.map(lambda name: _entry(directory / name), mine), strict=True))
+        mine = [name for name in _names_of(directory) if _writer(name) % world_size == rank and name not in known]
+        files = {**known, **entries_of(directory, mine)}
     except OSError as failed:
         error = failed
     raise_together(error)
-    everywhere: list[dict[str, dict[str, Any]]] = [{}] * world_size
+    everywhere: list[dict[str, Entry]] = [{}] * world_size
     dist.all_gather_object(everywhere, files)
     return {name: entry for part in everywhere for name, entry in sorted(part.items())}
 
 
-def seal(directory: Path) -> None:
+def entries_of(directory: Path, names: Sequence[str]) -> dict[str, Entry]:
+    """Size and digest of files that were just written, by name; each is on disk when this returns."""
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        return dict(zip(names, pool.map(lambda name: _entry(directory / name), names), strict=True))
+
+
+def seal(directory: Path, known: Mapping[str, Entry] | None = None) -> None:
     """Write the checksums of all files that were just written there. Collective over the world.
+
+    known: those that this rank has already (see `hash_files`).
 
     Raises:
         OSError: a file cannot be read, or not be written to disk.
     """
-    files, error = hash_files(directory), None
+    files, error = hash_files(directory, known or {}), None
     if dist.get_rank() == 0:
         content = {"version": VERSION, "algorithm": ALGORITHM, "files": files}
         try:
@@ -157,7 +170,7 @@ def _writer(name: str) -> int:
     return int(match[1] or match[2]) if match else 0
 
 
-def _entry(path: Path) -> dict[str, Any]:
+def _entry(path: Path) -> Entry:
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
     return {"bytes": path.stat().st_size, "digest": _digest(path)}

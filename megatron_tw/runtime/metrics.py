@@ -1,6 +1,7 @@
 """Where a run writes its numbers: SAVE/metrics.jsonl, TensorBoard, W&B, a progress bar or lines of text; on rank 0."""
 
 import json
+import math
 import shutil
 import sys
 import threading
@@ -59,11 +60,12 @@ class MetricsLog:
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Record one step. `metrics` holds `iteration`, numbers, numbers by name, and perhaps `by_position` and
-        `valid_by_position`: lists of dicts with the `first` and `last` position of a bucket and numbers."""
+        `valid_by_position`: lists of dicts with the `first` and `last` position of a bucket and numbers. Those of a
+        skipped step may be NaN or infinite; in the file, which is JSON, they are null."""
         if self._file is not None:
-            self._file.write(json.dumps(metrics) + "\n")
+            self._file.write(json.dumps(_numbers_or_null(metrics), allow_nan=False) + "\n")
         step, valid = metrics["iteration"], metrics.get("valid_lm_loss")
-        numbers = {tag: value for tag, value in scalars(metrics).items() if tag != "iteration"}
+        numbers = {tag: value for tag, value in scalars(metrics).items() if tag != "iteration" and math.isfinite(value)}
         if self._tensorboard is not None:
             for tag, value in numbers.items():
                 self._tensorboard.add_scalar(tag, value, step)
@@ -120,6 +122,14 @@ def scalars(metrics: dict[str, Any]) -> dict[str, float]:
                 if bucket[name] is not None:
                     found[f"{prefix}{name}_by_position/{bucket['first']}-{bucket['last']}"] = bucket[name]
     return found
+
+
+def _numbers_or_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _numbers_or_null(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers_or_null(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _leave_errors_to_the_caller() -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import USING_TE_OPTIMIZER
-from megatron.core.optimizer.optimizer import param_group_identifier_keys
+from megatron.core.optimizer.optimizer import ChainedOptimizer, param_group_identifier_keys
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
@@ -52,7 +52,7 @@ def wrap_for_training(chunks: Sequence[TokenWeightedGPT], config: RunConfig) -> 
 def make_optimizer(model: Sequence[DistributedDataParallel], config: RunConfig) -> MegatronOptimizer:
     """AdamW sharded over data- and context-parallel ranks, fp32 main weights under bf16, no weight decay on norms.
 
-    Its gradient norm and clipping are global over all axes.
+    Its gradient norm and clipping are global over all axes. Where that norm is NaN or infinite it makes no update.
     """
     optimizer = get_megatron_optimizer(
         OptimizerConfig(**optimizer_fields(config)),
@@ -62,7 +62,23 @@ def make_optimizer(model: Sequence[DistributedDataParallel], config: RunConfig) 
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         part.data_parallel_group_gloo = part.data_parallel_group_gloo or part.data_parallel_group
     model[0].config.grad_scale_func = optimizer.scale_loss
+    _update_by_finite_gradients(optimizer)
     return optimizer
+
+
+def _update_by_finite_gradients(optimizer: MegatronOptimizer) -> None:
+    """Megatron-Core's step measures the gradients' norm, clips, and updates whatever that norm is, but under fp16. In
+    the way of its last part stands what the first has found."""
+    assert isinstance(optimizer, ChainedOptimizer), "the parts of its step are called by name"
+    measure, update, norm = optimizer.get_grad_norm, optimizer.step_with_ready_grads, math.nan
+
+    def get_grad_norm() -> float:
+        nonlocal norm
+        norm = measure()
+        return norm
+
+    optimizer.get_grad_norm = get_grad_norm
+    optimizer.step_with_ready_grads = lambda: math.isfinite(norm) and update()
 
 
 _GROUP_KEYS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")

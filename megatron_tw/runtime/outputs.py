@@ -18,18 +18,16 @@ from megatron_tw.parallel.agree import raise_together
 from megatron_tw.runtime.lock import FolderLock, hold_folder
 from megatron_tw.runtime.run_folder import check_space, remove_partial_checkpoints
 
-OPTIMIZER_BYTES = 12
-"""Of a parameter in a checkpoint: main weight and two moments in fp32."""
+OPTIMIZER_BYTES, AVERAGE_BYTES = 12, 4
+"""Of a parameter in a checkpoint: main weight and two moments in fp32; and the average of --scorer ema."""
 
 
 @contextmanager
-def hold_run(
-    save: str | None, architecture: Architecture, dtype: torch.dtype, *, optimizer: bool
-) -> Iterator[FolderLock | None]:
+def hold_run(save: str | None, needed_bytes: int) -> Iterator[FolderLock | None]:
     """Hold --save within the block; the lock on rank 0, None on the others and without --save. Collective over the
     world.
 
-    optimizer: whether the checkpoints hold its state, for which there must be room.
+    needed_bytes: what one checkpoint takes (see `checkpoint_bytes`).
 
     Raises:
         ValueError, OSError: another run holds it, it cannot be written to, or one checkpoint is more than is free.
@@ -42,8 +40,7 @@ def hold_run(
         error = None
         if lock is not None:
             remove_partial_checkpoints(folder)
-            size = parameters(architecture) * (dtype.itemsize + (OPTIMIZER_BYTES if optimizer else 0))
-            error = _missing_space(folder, what, size, "a checkpoint")
+            error = _missing_space(folder, what, needed_bytes, "a checkpoint")
         raise_together(error)
         yield lock
 
@@ -68,6 +65,14 @@ def hold_export(save_hf: str | None, architecture: Architecture, dtype: torch.dt
         if dist.get_rank() == 0:
             with contextlib.suppress(OSError):  # is gone already, or another run has begun in it
                 workplace.rmdir()
+
+
+def checkpoint_bytes(
+    architecture: Architecture, dtype: torch.dtype, *, optimizer: bool = False, average: bool = False
+) -> int:
+    """What a checkpoint takes on disk, about. optimizer, average: whether it holds AdamW's state, --scorer ema's."""
+    per_parameter = dtype.itemsize + OPTIMIZER_BYTES * optimizer + AVERAGE_BYTES * average
+    return parameters(architecture) * per_parameter
 
 
 def parameters(architecture: Architecture) -> int:

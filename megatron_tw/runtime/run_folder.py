@@ -8,7 +8,8 @@ had checksums it was complete when the tracker named it; what such a run left un
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class RunState:
 
     loader: the data loader's state. seq_length: tokens of a row, the context length that an export names. scores:
     fingerprint of the cached scores that the weights were made from, None without. old_context: tokens of the context
-    that the model had before, None where nobody said.
+    that the model had before, None where nobody said. bad_steps: what decides whether a step is one.
     """
 
     iteration: int
@@ -45,6 +46,7 @@ class RunState:
     loader: dict[str, Any]
     scores: str | None = None
     old_context: int | None = None
+    bad_steps: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +154,40 @@ def earlier_checkpoints(directory: Path) -> list[Path]:
     """The complete checkpoints of a run before one of them, the newest first."""
     before = [path for path in complete_checkpoints(directory.parent) if _iteration(path) < _iteration(directory)]
     return before[::-1]
+
+
+def surplus_checkpoints(
+    complete: Sequence[Path], *, keep_last: int | None, retain_interval: int | None, needed: Collection[Path]
+) -> list[Path]:
+    """Of complete checkpoints, the oldest first and the newest one last, those that need not be kept.
+
+    keep_last: how many of the newest are kept (None: one where there is an interval, else all). retain_interval: those
+    of iterations that it divides are kept. needed: those that are kept whatever the rest says,
+    resolved.
+
+    >>> folders = [checkpoint_dir("run", iteration) for iteration in (10, 20, 30, 40, 50)]
+    >>> [path.name for path in surplus_checkpoints(folders, keep_last=2, retain_interval=20, needed=())]
+    ['iter_0000010', 'iter_0000030']
+    """
+    if keep_last is None and retain_interval is None:
+        return []
+    return [
+        path
+        for path in complete[: -(keep_last or 1)]
+        if path.resolve() not in needed and (retain_interval is None or _iteration(path) % retain_interval != 0)
+    ]
+
+
+def remove_checkpoint(directory: Path) -> None:
+    """Remove a complete checkpoint; killed meanwhile, what is left is none, and the folder's next run removes it.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    renamed = directory.with_name(f"{directory.name}.removed.partial")
+    shutil.rmtree(renamed, ignore_errors=True)
+    directory.rename(renamed)
+    shutil.rmtree(renamed)
 
 
 def _iteration(path: Path) -> int:

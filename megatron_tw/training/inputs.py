@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from megatron_tw.config import RunConfig, check_config, check_own_windows, data_parallel_size
@@ -14,6 +15,7 @@ from megatron_tw.model.build import check_export_target
 from megatron_tw.parallel.devices import prepare_device
 from megatron_tw.runtime.opening import check_attention, open_rows
 from megatron_tw.runtime.optimizer import optimizer_fields
+from megatron_tw.runtime.outputs import checkpoint_bytes
 from megatron_tw.runtime.run_folder import check_save_target, find_checkpoint
 from megatron_tw.runtime.source import ModelSource, open_source
 from megatron_tw.runtime.wandb_run import check_wandb
@@ -124,6 +126,13 @@ def _check_folder(option: str, folder: str | None) -> None:
     there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise ValueError(f"{option} {folder}: cannot be written to: {there} is a file, or may not be written to")
+
+
+def bytes_of_checkpoint(config: RunConfig, inputs: Inputs) -> int:
+    """What a checkpoint of the run takes on disk, about."""
+    dtype = torch.bfloat16 if config.compute.bf16 else torch.float32
+    average = config.scorer.scorer == "ema"
+    return checkpoint_bytes(inputs.source.architecture, dtype, optimizer=True, average=average)
 
 
 def outdated(inputs: Inputs, config: RunConfig) -> bool:

@@ -10,15 +10,16 @@ import torch.distributed as dist
 
 from megatron_tw.config import RunConfig, differences
 from megatron_tw.data.blend import taken
-from megatron_tw.data.loader import Loader
+from megatron_tw.data.loader import Batch, Loader
 from megatron_tw.model.build import build_model, save_hf
 from megatron_tw.objective.report import StepReport
 from megatron_tw.parallel.agree import raise_together
 from megatron_tw.parallel.contact import now_at
 from megatron_tw.parallel.devices import Device, device_name
 from megatron_tw.parallel.gpus import gpu_of
+from megatron_tw.parallel.heartbeat import watched
 from megatron_tw.parallel.layout import Layout
-from megatron_tw.runtime.checkpoint import CONFIG_FILE, save_checkpoint
+from megatron_tw.runtime.checkpoint import CONFIG_FILE, UnfinishedCheckpoint, begin_checkpoint, save_checkpoint
 from megatron_tw.runtime.checksums import seal
 from megatron_tw.runtime.determinism import be_deterministic
 from megatron_tw.runtime.exits import CTRL_C, Exits
@@ -35,9 +36,11 @@ from megatron_tw.runtime.optimizer import (
 from megatron_tw.runtime.outputs import hold_export, hold_run
 from megatron_tw.runtime.profiling import StepProfiler
 from megatron_tw.runtime.run_folder import RunState, begin_again
+from megatron_tw.runtime.saver import Saver
 from megatron_tw.runtime.wandb_run import open_wandb
+from megatron_tw.training.bad_steps import BadStepError, BadSteps
 from megatron_tw.training.flops import StepFlops, rates
-from megatron_tw.training.inputs import Inputs, open_inputs, outdated
+from megatron_tw.training.inputs import Inputs, bytes_of_checkpoint, open_inputs, outdated
 from megatron_tw.training.ruler import ruler_metrics
 from megatron_tw.training.scorers import TrainedModel
 from megatron_tw.training.step import TrainingStep
@@ -54,11 +57,16 @@ def train(config: RunConfig) -> "Run":
     if config.kernels.deterministic_mode:
         be_deterministic()
     device = join_world(config.parallel)
+    with watched(config.faults.hang_timeout_in_mins):
+        return _train(config, device)
+
+
+def _train(config: RunConfig, device: Device) -> "Run":
     inputs = open_inputs(config)
     dtype = torch.bfloat16 if config.compute.bf16 else torch.float32
     architecture = inputs.source.architecture
     with (
-        hold_run(config.checkpoint.save, architecture, dtype, optimizer=True) as lock,
+        hold_run(config.checkpoint.save, bytes_of_checkpoint(config, inputs)) as lock,
         hold_export(config.checkpoint.save_hf, architecture, dtype) as export_lock,
     ):
         if outdated(inputs, config):  # another run ended while this one waited for the folder
@@ -139,7 +147,7 @@ class Run:
             dp_rank=layout.dp_rank,
             dp_size=layout.dp_size,
         )
-        iteration = 0
+        iteration, bad_steps = 0, BadSteps(config.faults)
         if source.saved is not None:
             source.fill(chunks, layout, optimizer, scheduler, scorer, parallel_load=parallel_load)
             if scorer is not None and not source.saved.scorer_state:
@@ -150,6 +158,7 @@ class Run:
                 use_options(optimizer, config.optimizer)
                 scheduler.step(increment=0)
                 loader.load_state_dict(source.saved.state.loader)
+                bad_steps.load_state_dict(source.saved.state.bad_steps)
                 iteration = source.saved.state.iteration
         step = TrainingStep(
             model=model,
@@ -167,6 +176,7 @@ class Run:
             ),
             flops=StepFlops(source.architecture, settings.fill_in(config)),
             seed=config.train.seed,
+            bad_steps=bad_steps,
         )
         return Run(
             config=config,
@@ -186,13 +196,19 @@ class Run:
         profiler = StepProfiler(config.logging, config.checkpoint.save, self.layout.rank)
         log = self._open_log()
         try:
-            with Exits(config.train, self.step.device) as exits:
+            with Exits(config.train, self.step.device) as exits, self._saver(log) as saver:
                 while self.iteration < last:
                     now_at(f"step {self.iteration + 1}")
+                    with clock.part("checkpoint"):
+                        saver.look()
                     with clock.part("data"):
                         batches = next(self.loader)
                     profiler.before(self.iteration)
-                    metrics = self.step(batches, self.iteration)
+                    try:
+                        metrics = self.step(batches, self.iteration)
+                    except BadStepError:  # on every rank
+                        saver.finish()
+                        raise
                     self.iteration += 1
                     profiler.after(self.iteration)
                     self.kept = None
@@ -203,17 +219,24 @@ class Run:
                         with clock.part("evaluation"):
                             metrics |= self._evaluate()
                     metrics |= clock.metrics()
+                    if config.logging.log_row_ids:
+                        metrics["row_ids"] = self._row_ids(batches)
+                    skipped = metrics.pop("skipped")
                     if log is not None:
                         log.write(self._with_run_metrics(metrics))
+                        if skipped is not None:
+                            in_a_row, most = self.step.bad_steps.in_a_row, config.faults.max_bad_steps
+                            log.say(f"step {self.iteration}: skipped, {in_a_row} in a row of at most {most}: {skipped}")
                     reason = exits.reason(self.iteration)
                     interval = config.checkpoint.save_interval
                     due = interval is not None and self.iteration % interval == 0
                     if config.checkpoint.save is not None and (due or reason or self.iteration == last):
                         now_at(f"the checkpoint of step {self.iteration}")
                         with clock.part("checkpoint"):
-                            self.kept = self._save()
-                        if log is not None:
-                            log.say(f"checkpoint: {self.kept}")
+                            saver.save(self.begin_checkpoint)
+                    if reason or self.iteration == last:
+                        saver.finish()
+                        self.kept = saver.newest
                     if reason:
                         self.interrupted = reason == CTRL_C
                         if log is not None:
@@ -333,6 +356,13 @@ class Run:
             **rates(metrics["model_flops"], metrics["step_seconds"], self.layout.world_size, gpu_of(device_name())),
         }
 
+    def _row_ids(self, batches: list[Batch]) -> list[int]:
+        """The rows of a step, as samples follow each other. Collective over data-parallel ranks."""
+        everywhere: list[list[list[int]]] = [[]] * self.layout.dp_size
+        mine = [batch.row_index.tolist() for batch in batches]
+        dist.all_gather_object(everywhere, mine, group=self.layout.dp_group)
+        return [row for of_ranks in zip(*everywhere, strict=True) for rows in of_ranks for row in rows]
+
     def _state(self) -> RunState:
         return RunState(
             iteration=self.iteration,
@@ -340,14 +370,25 @@ class Run:
             seq_length=self.config.data.seq_length,
             old_context=self.inputs.source.old_context,
             loader=self.loader.state_dict(),
+            bad_steps=self.step.bad_steps.state_dict(),
             scores=self.step.scorer.fingerprint if self.step.scorer is not None else None,
         )
 
-    def _save(self) -> Path:
+    def _saver(self, log: MetricsLog | None) -> Saver:
+        saved = self.inputs.source.saved
+        return Saver(
+            options=self.config.checkpoint,
+            needed=frozenset({saved.directory.resolve()} if saved is not None else ()),
+            say=log.say if log is not None else lambda text: None,
+        )
+
+    def begin_checkpoint(self) -> UnfinishedCheckpoint:
+        """Write the files of a checkpoint of the run as it is now (see `begin_checkpoint`)."""
         gather_weights(self.step.model)
-        assert self.config.checkpoint.save is not None
-        return save_checkpoint(
-            self.config.checkpoint.save,
+        options = self.config.checkpoint
+        assert options.save is not None
+        return begin_checkpoint(
+            options.save,
             self.chunks,
             self._state(),
             self.layout,
@@ -357,7 +398,9 @@ class Run:
             scorer=self.step.scorer,
             config=self.config,
             tokenizer_dir=self.inputs.tokenizer_dir,
-            for_any_layout=self.config.checkpoint.dist_ckpt_optim_fully_reshardable,
+            for_any_layout=options.dist_ckpt_optim_fully_reshardable,
+            expected_bytes=bytes_of_checkpoint(self.config, self.inputs),
+            beside=options.async_save,
         )
 
     def _export(self, save_hf_dir: str) -> None:

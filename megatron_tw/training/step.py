@@ -28,6 +28,7 @@ from megatron_tw.objective import ShortNLL, StepReport, weighted_loss
 from megatron_tw.parallel.devices import Device, synchronize
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.runtime.clock import Clock
+from megatron_tw.training.bad_steps import BadSteps, on_any_rank
 from megatron_tw.training.flops import StepFlops
 from megatron_tw.training.scorers import Scorer
 from megatron_tw.weighting import Scheme, check_finite
@@ -48,7 +49,8 @@ class StepBatch:
 class TrainingStep:
     """The step of one run. Calling it with this rank's micro-batches updates the model and returns the step's metrics.
 
-    report: what it says of losses and weights. flops: what it costs. clock: where its time goes.
+    report: what it says of losses and weights. flops: what it costs. bad_steps: what follows where it goes wrong.
+    clock: where its time goes.
     """
 
     model: Sequence[DistributedDataParallel]
@@ -61,6 +63,7 @@ class TrainingStep:
     report: StepReport
     flops: StepFlops
     seed: int
+    bad_steps: BadSteps = field(default_factory=BadSteps)
     clock: Clock = field(init=False)
     _seen: list[tuple[StepBatch, Tensor, Tensor | None]] = field(default_factory=list, init=False)
 
@@ -74,11 +77,11 @@ class TrainingStep:
         the same size.
 
         Returns metrics on every rank: those of `StepReport.metrics`; grad_norm (before clipping), learning_rate,
-        scoring_seconds, step_seconds, tokens; model_flops and hardware_flops, of all ranks.
+        scoring_seconds, step_seconds, tokens; model_flops and hardware_flops, of all ranks; skipped_steps, of the whole
+        run; skipped, why this step made no update, None where it did.
 
         Raises:
-            ValueError: a NaN or infinite NLL, before the optimizer sees it; or gradients that are, after it; on every
-                rank.
+            BadStepError: it is bad, and ends the run; the weights are as they were. On every rank.
         """
         synchronize()
         started = time.perf_counter()
@@ -101,18 +104,16 @@ class TrainingStep:
         scored = self.scorer is not None and weighting.needs_scorer
         metrics = self.report.metrics(self._sum_over_run(reports), scored=scored)
         nonfinite, rows, loss_rows = (metrics.pop(name) for name in ("nonfinite", "rows", "loss_rows"))
-        if nonfinite:
-            self._raise_nonfinite(nonfinite)
-        learning_rate = self.scheduler.get_lr(self.optimizer.param_groups[0])
-        with self.clock.part("optimizer"):
-            _, grad_norm, _ = self.optimizer.step()
-        if not math.isfinite(grad_norm):
-            raise ValueError(
-                f"gradients: a norm of {grad_norm} in step {iteration + 1}; the weights are lost, and nothing of this "
-                "step was saved. From the last checkpoint, a lower --lr or --truncation may help"
-            )
+        why = self._nonfinite() if nonfinite else self.bad_steps.too_high(metrics["lm_loss"])
+        why = on_any_rank(why, self.device.device)
+        learning_rate, grad_norm = self.scheduler.get_lr(self.optimizer.param_groups[0]), math.nan
+        if why is None:
+            with self.clock.part("optimizer"):
+                _, grad_norm, _ = self.optimizer.step()
+            why = None if math.isfinite(grad_norm) else f"gradients: a norm of {grad_norm}"
+        self.bad_steps.count(why, metrics["lm_loss"], iteration)
         self.scheduler.step(increment=1)
-        if self.scorer is not None:
+        if self.scorer is not None and why is None:
             self.scorer.after_update()
         synchronize()
         return {
@@ -123,6 +124,8 @@ class TrainingStep:
             **self.flops.of_step(int(rows), loss_rows, self.scorer if scored else None),
             "scoring_seconds": scoring_seconds,
             "step_seconds": time.perf_counter() - started,
+            "skipped_steps": self.bad_steps.skipped,
+            "skipped": why,
         }
 
     def _prepare(self, batches: Sequence[Batch], weighting: Scheme) -> list[StepBatch]:
@@ -179,15 +182,18 @@ class TrainingStep:
         assert loss.statistics is not None
         return loss.sum, loss.count, loss.statistics
 
-    def _raise_nonfinite(self, count: float) -> None:
-        """Every rank raises; one that holds such a target names its row and position."""
+    def _nonfinite(self) -> str | None:
+        """Of the targets that this rank holds: a row and a position whose NLL is NaN or infinite."""
         for batch, long_MT, short_MT in self._seen:
             for name, nll_MT in (("long NLL", long_MT), ("short NLL", short_MT)):
                 if nll_MT is not None:
-                    check_finite(
-                        nll_MT, valid=batch.valid_MT, row_ids=batch.row_index_M, name=name, rank=self.layout.rank
-                    )
-        raise ValueError(f"NLL: {count:.0f} targets on other ranks are NaN or infinite; no update was made")
+                    try:
+                        check_finite(
+                            nll_MT, valid=batch.valid_MT, row_ids=batch.row_index_M, name=name, rank=self.layout.rank
+                        )
+                    except ValueError as error:
+                        return str(error)
+        return None
 
     def _sum_over_run(self, reports: Sequence[Tensor]) -> list[float]:
         """Sums over micro-batches and data-parallel ranks, on every rank: the last pipeline stage has them and tells

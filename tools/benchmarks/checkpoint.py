@@ -1,6 +1,7 @@
-"""What checksums cost: seconds of writing and of reading a checkpoint, with them and without.
+"""What checkpoints cost: seconds of writing and of reading one, with checksums and without; and of the steps that are
+made while one is written beside them (--async-save).
 
-One model is saved and loaded in turn in both ways, so what else the machine does slows both. What is read
+One model is saved and loaded in turn in all ways, so what else the machine does slows all. What is read
 was just written, so it comes from memory; from a disk, reading takes longer and hashing does not.
 
     tools/benchmarks/checkpoint.py
@@ -14,6 +15,8 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from unittest import mock
@@ -29,6 +32,7 @@ from megatron_tw.parallel.layout import make_layout, start_process_group
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
     """On every rank: seconds by what was done."""
     from megatron_tw.runtime.intact import open_checkpoint
+    from megatron_tw.runtime.saver import Saver
     from megatron_tw.training.inputs import open_inputs
     from megatron_tw.training.loop import Run
 
@@ -42,7 +46,10 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, list[float]]
     )
     inputs = open_inputs(config)
     run = Run.start(config, inputs, make_layout(config.parallel), device)
-    run.step(next(run.loader), 0)
+    saver = Saver(options=config.checkpoint, needed=frozenset(), say=lambda text: None)
+    beside = Saver(options=replace(config.checkpoint, async_save=True), needed=frozenset(), say=lambda text: None)
+    step = partial(run.step, next(run.loader), 0)
+    step()
     seconds: dict[str, list[float]] = {}
 
     def timed(name: str, work: Callable[[], object]) -> None:
@@ -52,9 +59,30 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, list[float]]
         dist.barrier()
         seconds.setdefault(name, []).append(time.perf_counter() - begun)
 
+    def save() -> None:
+        saver.save(run.begin_checkpoint)
+
     def save_without() -> None:
         with mock.patch("megatron_tw.runtime.checksums.hash_files", return_value={}):
-            run._save()
+            save()
+
+    def look_and_step() -> None:
+        beside.look()
+        step()
+
+    def is_there() -> bool:
+        return beside.newest is not None
+
+    def save_beside() -> None:
+        """A save, and steps until it is complete, as in a run."""
+        run.config = replace(run.config, checkpoint=beside.options)
+        beside.newest = None
+        begun = time.perf_counter()
+        timed("save beside, the run waits", lambda: beside.save(run.begin_checkpoint))
+        while not is_there():
+            timed("step beside", look_and_step)
+        seconds.setdefault("save beside, until it is there", []).append(time.perf_counter() - begun)
+        run.config = config
 
     def load(verify: bool) -> None:
         saved = open_checkpoint(folder / "run", verify=verify)
@@ -65,10 +93,13 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, list[float]]
 
     for _ in range(options.repetitions + 1):
         timed("save without", save_without)
-        timed("save with", run._save)
+        timed("save with", save)
         timed("load without", lambda: load(False))
         timed("load with", lambda: load(True))
-    return {name: values[1:] for name, values in seconds.items()}  # the first round warms up
+        for _ in range(5):
+            timed("step", step)
+        save_beside()
+    return {name: values[1:] for name, values in seconds.items()}  # the first one warms up
 
 
 def write_inputs(options: argparse.Namespace, folder: Path) -> None:
@@ -124,6 +155,15 @@ def main(arguments: Sequence[str]) -> None:
             for what in ("save", "load"):
                 ours, plain = (median(seconds[f"{what} {way}"]) for way in ("with", "without"))
                 print(f"{what}: {plain:.3f} s without checksums, {ours:.3f} s with, ratio {ours / plain:.2f}")
+            during, step = median(seconds["step beside"]), median(seconds["step"])
+            waits, there, saves = (
+                median(seconds[f"save {name}"])
+                for name in ("beside, the run waits", "beside, until it is there", "with")
+            )
+            print(
+                f"save beside the training: the run waits {waits:.3f} s, {waits / saves:.2f} of a save; it is there "
+                f"after {there:.3f} s; a step meanwhile {during:.3f} s, without {step:.3f} s, ratio {during / step:.2f}"
+            )
         dist.barrier()
     dist.destroy_process_group()
 

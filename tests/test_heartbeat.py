@@ -1,0 +1,49 @@
+"""A rank that is stopped, and one that makes no progress, end the other; one line names it."""
+
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+from test_launch import ROOT, environment
+
+SECONDS = 60
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("how", ["stopped", "hangs", pytest.param("killed", marks=pytest.mark.full)])
+def test_a_rank_that_stops_ends_the_other_and_is_named(how):
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "heartbeat_rank.py"), how],
+            env=environment(**variables, RANK=str(number)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        said = ranks[0].communicate(timeout=SECONDS)[0]
+        assert ranks[0].returncode == 1
+    finally:
+        for process in ranks:
+            process.kill()
+    said += ranks[1].communicate()[0]  # where it hangs, either may be the one that tells
+    at = rf"rank 1 \(step 7 on {re.escape(socket.gethostname())}"
+    if how == "hangs":
+        place = rf"{at}, in read_rows \(tests/heartbeat_rank\.py:\d+\)\)"
+        others = r"the others wait in barrier \(tests/heartbeat_rank\.py:\d+\)"
+        expected = (
+            rf"error: no progress for 0\.05 minutes \(--hang-timeout-in-mins\) of {place}; {others}; the job ends\n"
+        )
+    else:
+        expected = rf"error: no sign of life for 2 s from {at}\); the job ends\n"
+    assert re.fullmatch(expected, said), said
