@@ -2,6 +2,9 @@
 
 import json
 import os
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +116,27 @@ def test_hugging_face(tmp_path: Path) -> None:
     assert ids == reference.encode(TEXT, add_special_tokens=False).ids
     assert len(ids) > 1000  # not truncated, whatever the file says
     assert load_tokenizer(folder / "tokenizer.json").encode(SAMPLE) == tokenizer.encode(SAMPLE)
+
+
+@pytest.mark.parametrize("kind", ["truncating", "splitting", "sentencepiece"])
+def test_encoders_make_the_same_ids_here_and_elsewhere(tmp_path: Path, kind: str) -> None:
+    if kind == "sentencepiece":
+        tokenizer = load_tokenizer(train_sentencepiece(tmp_path))
+    else:
+        tokenizer = load_tokenizer(train_hugging_face(tmp_path / "bpe", split_special_tokens=kind == "splitting"))
+    texts = [TEXT, "", SAMPLE, f"a {tokenizer.decode([tokenizer.bos_id or 0])} b", " ", TEXT[:100]]
+    expected = [tokenizer.encode(text) for text in texts]
+    if kind == "splitting":
+        assert tokenizer.bos_id not in expected[3]
+    elif kind == "truncating":
+        assert tokenizer.bos_id in expected[3]
+    encoder = load_tokenizer(tokenizer.path).encoder()
+    assert encoder.encode_batch(texts) == expected
+    assert pickle.loads(pickle.dumps(encoder)).encode_batch(texts) == expected
+    sent = pickle.dumps(encoder)
+    code = f"import pickle, sys; print(pickle.loads({sent!r}).encode_batch(['a b'])[0], 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"{tokenizer.encode('a b')} False"  # which takes seconds in each worker
 
 
 def test_hugging_face_fingerprint_is_of_what_decides_the_ids(tmp_path: Path) -> None:

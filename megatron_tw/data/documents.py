@@ -51,6 +51,8 @@ class Document:
     """Where it stands, for errors: FILE or FILE:LINE."""
     file_bytes: int
     """Its share of the input file's bytes, for progress."""
+    place: tuple[int, int]
+    """Number of its file among all, from 0, and of itself in that file, from 1."""
     targets: npt.NDArray[np.bool_] | None = None
     """Of ready ids: which of them count as targets (`loss_mask`), as many; None: the data does not say."""
 
@@ -126,36 +128,43 @@ def _files_below(folder: Path) -> Iterator[Path]:
         yield from (file for file in (Path(name) / file for file in files) if file.is_file())
 
 
-def read_documents(files: Sequence[Path], *, key: str, ready_ids: bool) -> Iterator[Document]:
+def read_documents(
+    files: Sequence[Path], *, key: str, ready_ids: bool, after: tuple[int, int] = (0, 0)
+) -> Iterator[Document]:
     """The documents of `files`, in order.
 
     Args:
         key: JSON key or parquet column that holds the text or the ids.
         ready_ids: the documents are token ids, not text.
+        after: the `place` of a document that was read before, to go on behind it.
 
     Raises:
         ValueError: text that is not UTF-8, malformed JSON, no documents, missing key, value of another kind.
         OSError: a file cannot be read.
     """
-    for file in files:
+    first, done = after
+    for number, file in enumerate(files[first:], start=first):
+        skip = done if number == first else 0
         if kind_of(file) in JSON_SUFFIXES:
-            yield from _read_json_lines(file, key, ready_ids)
+            yield from _read_json_lines(file, number, skip, key, ready_ids)
         elif file.suffix in (PARQUET_SUFFIX, ARROW_SUFFIX):
-            yield from _read_table(file, key, ready_ids)
+            yield from _read_table(file, number, skip, key, ready_ids)
         elif ready_ids:
             raise ValueError(
                 f"{file}: --tokenizer none reads ready ids from .jsonl or .parquet; a text file needs a tokenizer"
             )
-        else:
-            yield Document(_decode(read_content(file), file), str(file), file.stat().st_size)
+        elif skip == 0:
+            yield Document(_decode(read_content(file), file), str(file), file.stat().st_size, (number, 1))
 
 
-def _read_json_lines(file: Path, key: str, ready_ids: bool) -> Iterator[Document]:
-    empty = True
+def _read_json_lines(file: Path, number: int, skip: int, key: str, ready_ids: bool) -> Iterator[Document]:
+    count = 0
     for line_number, line, file_bytes in read_lines(file):
         if not line.strip():
             continue
-        empty = False
+        count += 1
+        if count <= skip:
+            continue
         location = f"{file}:{line_number}"
         try:
             record = json.loads(_decode(line, file, first_line=line_number))
@@ -167,12 +176,12 @@ def _read_json_lines(file: Path, key: str, ready_ids: bool) -> Iterator[Document
             raise ValueError(f'{location}: no key "{key}" among {list(record)} (see --text-key)')
         content = _content(record[key], key, ready_ids, location)
         targets = _targets(record[MASK_KEY], content, location) if ready_ids and MASK_KEY in record else None
-        yield Document(content, location, file_bytes, targets)
-    if empty:
+        yield Document(content, location, file_bytes, (number, count), targets)
+    if count == 0:
         raise ValueError(f"{file}: the file holds no documents, only blank lines")
 
 
-def _read_table(file: Path, key: str, ready_ids: bool) -> Iterator[Document]:
+def _read_table(file: Path, number: int, skip: int, key: str, ready_ids: bool) -> Iterator[Document]:
     pyarrow = import_pyarrow(file)
     kind = file.suffix.removeprefix(".")
     row_number = 0
@@ -185,10 +194,12 @@ def _read_table(file: Path, key: str, ready_ids: bool) -> Iterator[Document]:
                 masks = batch.column(MASK_KEY) if masked else [None] * len(batch)
                 for value, mask in zip(batch.column(key), masks, strict=True):
                     row_number += 1
+                    if row_number <= skip:
+                        continue
                     location = f"{file}: row {row_number}"
                     content = _content(value.as_py(), key, ready_ids, location)
                     targets = _targets(mask.as_py(), content, location) if masked else None
-                    yield Document(content, location, batch_bytes // len(batch), targets)
+                    yield Document(content, location, batch_bytes // len(batch), (number, row_number), targets)
     except (pyarrow.ArrowException, OSError) as error:
         place = f" after row {row_number}" if row_number else ""
         raise ValueError(f"{file}: not a readable {kind} file{place}: {' '.join(str(error).split())}") from error

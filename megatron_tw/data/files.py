@@ -14,7 +14,7 @@ import uuid
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType, UnionType
@@ -32,6 +32,8 @@ _OF_NUMPY = (
 """What `numpy.load` raises for damaged files."""
 _INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
 _INDEX_SEQUENCE_BYTES, _INDEX_BOUNDARY_BYTES = 12, 8  # what follows for each
+PART_ROWS = 1 << 16
+"""Rows whose places or digests are held at a time while they are written."""
 
 
 def header_json(kind: str, version: int, header: Any, **extras: Any) -> str:
@@ -188,6 +190,32 @@ def check_index(
         raise ValueError(f"{file} does not fit the header: it is damaged, or of another {what}")
 
 
+def write_index(
+    file: Path, dtype_code: int, itemsize: int, sequences: int, length: int, boundaries: Iterable[npt.NDArray[np.int64]]
+) -> None:
+    """An index file of Megatron's IndexedDataset, as `check_index` wants it, without ever holding it whole.
+
+    boundaries: the document boundaries, 0 first and `sequences` last, a part of them at a time.
+    """
+    with file.open("wb") as stream:
+        stream.write(bytes(_INDEX_HEADER.size))  # it holds the number of boundaries
+        for part in parts_of(sequences):
+            stream.write(np.full(len(part), length, dtype="<i4").tobytes())
+        for part in parts_of(sequences):
+            stream.write((np.arange(part.start, part.stop, dtype="<i8") * (length * itemsize)).tobytes())
+        count = 0
+        for some in boundaries:
+            stream.write(some.astype("<i8").tobytes())
+            count += len(some)
+        stream.seek(0)
+        stream.write(_INDEX_HEADER.pack(b"MMIDIDX\0\0", 1, dtype_code, sequences, count))
+
+
+def parts_of(count: int) -> Iterator[range]:
+    """0 .. count - 1, a part at a time."""
+    return (range(start, min(start + PART_ROWS, count)) for start in range(0, count, PART_ROWS))
+
+
 def check_new_folder(output: Path) -> None:
     """That `output` can become a new folder: it makes the folder above it.
 
@@ -197,14 +225,32 @@ def check_new_folder(output: Path) -> None:
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"--output {output} already exists and is not an empty folder")
-    with _making(output):
+    with making(output):
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
     if not os.access(output.absolute().parent, os.W_OK):
         raise PermissionError(f"--output {output}: the folder above it cannot be written to")
 
 
+def write_synced(file: Path, content: bytes) -> None:
+    """Write a file so that it is there complete or not at all, after a crash of the machine too."""
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        sync(temporary)
+        temporary.replace(file)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync(file: Path) -> None:
+    """Wait until the file is on disk."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
 @contextmanager
-def _making(output: Path) -> Iterator[None]:
+def making(output: Path) -> Iterator[None]:
     """Around making the folder of `output` or one beside it: an error names the option."""
     try:
         yield
@@ -221,7 +267,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     """
     check_new_folder(output)
     temporary = output.absolute().parent / f".{output.name}.{uuid.uuid4().hex[:8]}.partial"
-    with _making(output):
+    with making(output):
         temporary.mkdir()
     try:
         yield temporary

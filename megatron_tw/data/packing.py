@@ -7,8 +7,9 @@ left of a row is padding, of which every multiple counts as a document without t
 Shapes: N tokens of a row, K = 3 kinds of marks (see rows.py).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -59,11 +60,38 @@ class Packer:
     [[0, 1, 1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 1, 0, 1, 0], [0, 0, 0, 1, 1, 1, 1, 1]]
     """
 
-    def __init__(self, seq_length: int, multiple: int) -> None:
+    def __init__(self, seq_length: int, multiple: int, begun: Mapping[str, npt.NDArray[Any]] | None = None) -> None:
+        """begun: the `state` of another one, to go on with."""
         assert seq_length % multiple == 0
         self.seq_length = seq_length
         self.multiple = multiple
         self._open: list[_OpenRow] = []
+        if begun:
+            self._begin(begun)
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """The open rows, as arrays: of each of P pieces its row, document, offset, length and whether it has targets of
+        its own, int64 [P, 5]; the ids of all, int32, and their targets, bool."""
+        placed = [(number, piece) for number, row in enumerate(self._open) for piece in row.pieces]
+        pieces = [(number, p.document, p.offset, len(p.ids), p.targets is not None) for number, p in placed]
+        targets = [np.ones(len(p.ids), dtype=bool) if p.targets is None else p.targets for _, p in placed]
+        return {
+            "pieces": np.array(pieces, dtype=np.int64).reshape(-1, 5),
+            "ids": np.concatenate([piece.ids for _, piece in placed] or [np.zeros(0, dtype=np.int32)]),
+            "targets": np.concatenate(targets or [np.zeros(0, dtype=bool)]),
+        }
+
+    def _begin(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        place = 0
+        for number, document, offset, length, has_targets in state["pieces"].tolist():
+            if number == len(self._open):
+                self._open.append(_OpenRow(self.seq_length))
+            of_piece = slice(place, place + length)
+            targets = state["targets"][of_piece] if has_targets else None
+            piece = Piece(state["ids"][of_piece], targets, document, offset)
+            self._open[number].pieces.append(piece)
+            self._open[number].room -= self._padded(piece)
+            place += length
 
     def add(self, piece: Piece) -> Iterator[PackedRow]:
         """Takes a piece of at most N tokens; gives the rows that it closes."""

@@ -5,18 +5,22 @@
     3. pack       with --pack: several documents in a row (packing.py)          (this process)
     4. write      rows in input order, counts, header; then rename the folder   (this process)
 
-The result is the same, byte for byte, with any number of workers. Shapes: R rows, N tokens of a row (`seq_length`).
+The result is the same, byte for byte, with any number of workers, and however often the work was cut off and gone on
+with (growing.py). Memory is bounded by the largest document, whatever there is of them.
+
+Shapes: R rows, N tokens of a row (`seq_length`).
 """
 
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import TypeVar
@@ -25,14 +29,15 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_tw.data.documents import MASK_KEY, Document, expand_inputs, read_documents
-from megatron_tw.data.files import new_folder
+from megatron_tw.data.growing import GrowingFolder, Plan, Written, growing_folder, inputs_digest
 from megatron_tw.data.packing import PackedRow, Packer, Piece
 from megatron_tw.data.progress import Progress
 from megatron_tw.data.rows import TOKENIZER_DIR, RowCounts, RowsHeader, RowsWriter, TokenizerInfo, file_digests
-from megatron_tw.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_tw.data.tokenizer import Encoder, Tokenizer, load_tokenizer
 
 GROUP_BYTES = 1 << 20  # of documents that travel to a worker together
 GROUPS_PER_WORKER = 4  # read ahead; bounds the memory
+SAVE_SECONDS = 30.0  # between two notes of how far the work has come
 LARGEST_STORED_ID = np.iinfo(np.int32).max
 
 Task = TypeVar("Task")
@@ -48,6 +53,8 @@ class CutDocument:
     num_tokens: int
     """Of the whole document, without BOS."""
     file_bytes: int
+    place: tuple[int, int]
+    """Document.place."""
     rest: npt.NDArray[np.int32] | None = None
     """For packed rows: what is left after them, as a shorter piece [tokens]; BOS is in front as in a row."""
     targets: npt.NDArray[np.bool_] | None = None
@@ -83,7 +90,8 @@ def prepare_rows(
     progress: bool = False,
     pack_multiple: int | None = None,
 ) -> RowsHeader:
-    """Prepares the rows of `inputs` in the new folder `output` (what it holds: rows.py).
+    """Prepares the rows of `inputs` in the new folder `output` (what it holds: rows.py), going on where a process that
+    was given the same was killed.
 
     Args:
         inputs: files, globs and directories (documents.expand_inputs).
@@ -116,12 +124,32 @@ def prepare_rows(
     vocab_size, bos_id = _vocabulary(loaded, vocab_size, bos_id)
     ready_ids = loaded is None
     key = text_key or ("input_ids" if ready_ids else "text")
+    plan = Plan(
+        seq_length=seq_length,
+        vocab_size=vocab_size,
+        bos_id=bos_id,
+        text_key=key,
+        tokenizer=loaded.fingerprint if loaded is not None else None,
+        library=loaded.library if loaded is not None else None,
+        files=len(files),
+        inputs=inputs_digest(files),
+        pack_multiple=pack_multiple,
+    )
 
-    with new_folder(output) as folder:
+    with growing_folder(output, plan) as growing:
+        begun, folder = growing.written(), growing.rows
+        if begun.documents and progress:
+            print(f"going on after {begun.documents:,} documents and {begun.written.rows:,} rows", flush=True)
         writer = RowsWriter(
-            folder, seq_length=seq_length, vocab_size=vocab_size, bos_id=bos_id, pack_multiple=pack_multiple
+            folder,
+            seq_length=seq_length,
+            vocab_size=vocab_size,
+            bos_id=bos_id,
+            pack_multiple=pack_multiple,
+            begun=begun.written,
         )
-        documents = read_documents(files, key=key, ready_ids=ready_ids)
+        packer = None if pack_multiple is None else Packer(seq_length, pack_multiple, growing.open_rows(begun))
+        documents = read_documents(files, key=key, ready_ids=ready_ids, after=(begun.file, begun.documents_of_file))
         cut: Iterable[CutDocument]
         if loaded is None:
             cut = (_ready_row(document, seq_length, vocab_size, pack) for document in documents)
@@ -129,20 +157,27 @@ def prepare_rows(
             assert bos_id is not None
             cut = _tokenize(documents, loaded, seq_length, bos_id, workers, pack)
         total_bytes = sum(file.stat().st_size for file in files)
+        tokens_per_row = seq_length if ready_ids else seq_length - 1
         with Progress("preparing rows", total_bytes, "B", show=progress, scale=True) as bar:
-            counts, longest = _write(
-                cut, writer, bar, seq_length if ready_ids else seq_length - 1, _packer(seq_length, pack_multiple)
-            )
-        if counts.rows == 0 and pack:
-            raise ValueError(f"--input: expected a document with a target, got {counts.documents} without any")
-        if counts.rows == 0:
+            done = _write(cut, writer, bar, tokens_per_row, packer, begun, growing)
+        rows = writer.so_far.rows
+        if rows == 0 and pack:
+            raise ValueError(f"--input: expected a document with a target, got {done.documents} without any")
+        if rows == 0:
             raise ValueError(
                 f"--seq-length {seq_length}: no document is long enough for one row of BOS + {seq_length - 1} tokens; "
-                f"the longest of {counts.documents} documents has {longest} tokens"
+                f"the longest of {done.documents} documents has {done.longest} tokens"
             )
+        counts = RowCounts(
+            documents=done.documents,
+            tokens=done.tokens,
+            rows=rows,
+            documents_too_short=done.documents_too_short,
+            tokens_dropped=done.tokens_dropped,
+        )
         if loaded is None:
             return writer.close(counts, None)
-        (folder / TOKENIZER_DIR).mkdir()
+        (folder / TOKENIZER_DIR).mkdir(exist_ok=True)
         loaded.save(folder / TOKENIZER_DIR)
         info = TokenizerInfo(
             kind=loaded.kind,
@@ -196,17 +231,19 @@ def _ready_row(document: Document, seq_length: int, vocab_size: int | None, pack
     row_1N = ids.astype(np.int32)[None]
     rest = row_1N[0] if pack and len(ids) > 1 else None
     rows_RN = row_1N[:0] if pack else row_1N
-    return CutDocument(rows_RN, len(ids), document.file_bytes, rest, document.targets, document.location)
+    return CutDocument(
+        rows_RN, len(ids), document.file_bytes, document.place, rest, document.targets, document.location
+    )
 
 
 def _tokenize(
     documents: Iterable[Document], tokenizer: Tokenizer, seq_length: int, bos_id: int, workers: int, pack: bool
 ) -> Iterator[CutDocument]:
-    groups, how = _groups(documents), (seq_length, bos_id, pack)
+    groups, encoder, how = _groups(documents), tokenizer.encoder(), (seq_length, bos_id, pack)
     if workers == 1:
-        results: Iterable[list[CutDocument]] = (_cut_group(tokenizer, *how, group) for group in groups)
+        results: Iterable[list[CutDocument]] = (_cut_group(encoder, *how, group) for group in groups)
     else:
-        results = _map_in_order(partial(_cut_group_in_worker, tokenizer.path, *how), groups, workers)
+        results = _map_in_order(partial(_cut_group_in_worker, *how), groups, workers, partial(_begin_worker, encoder))
     for group in results:
         yield from group
 
@@ -225,30 +262,29 @@ def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield group
 
 
-def _cut_group(
-    tokenizer: Tokenizer, seq_length: int, bos_id: int, pack: bool, group: list[Document]
-) -> list[CutDocument]:
+def _cut_group(encoder: Encoder, seq_length: int, bos_id: int, pack: bool, group: list[Document]) -> list[CutDocument]:
     cut = []
-    for document in group:
-        assert isinstance(document.content, str)
-        ids = np.array(tokenizer.encode(document.content), dtype=np.int32)
+    texts = [document.content for document in group if isinstance(document.content, str)]
+    for document, token_ids in zip(group, encoder.encode_batch(texts), strict=True):
+        ids = np.array(token_ids, dtype=np.int32)
         rows_RN = cut_rows(ids, seq_length=seq_length, bos_id=bos_id)
         left = ids[len(rows_RN) * (seq_length - 1) :]
         rest = np.concatenate(([np.int32(bos_id)], left)) if pack and len(left) else None
-        cut.append(CutDocument(rows_RN, len(ids), document.file_bytes, rest))
+        cut.append(CutDocument(rows_RN, len(ids), document.file_bytes, document.place, rest))
     return cut
 
 
-def _cut_group_in_worker(
-    path: Path, seq_length: int, bos_id: int, pack: bool, group: list[Document]
-) -> list[CutDocument]:
-    return _cut_group(_worker_tokenizer(path), seq_length, bos_id, pack, group)
+_ENCODER: list[Encoder] = []
+"""Of a worker process, sent once."""
 
 
-@cache
-def _worker_tokenizer(path: Path) -> Tokenizer:
-    """Opened once a worker process."""
-    return load_tokenizer(path)
+def _begin_worker(encoder: Encoder) -> None:
+    _end_at_ctrl_c()
+    _ENCODER.append(encoder)
+
+
+def _cut_group_in_worker(seq_length: int, bos_id: int, pack: bool, group: list[Document]) -> list[CutDocument]:
+    return _cut_group(_ENCODER[0], seq_length, bos_id, pack, group)
 
 
 @contextmanager
@@ -278,15 +314,21 @@ def _end_at_ctrl_c() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
-def _map_in_order(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
+def _map_in_order(
+    function: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    workers: int,
+    begin: Callable[[], object] = _end_at_ctrl_c,
+) -> Iterator[Result]:
     """`map` over processes: results in the order of the tasks, which are read only a little ahead of the results.
+    `begin` is called in each process first.
 
     (Pool.imap would read all of them.) The processes are spawned, not forked: this one may run threads.
 
     Raises:
         OSError: a worker was killed.
     """
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_at_ctrl_c)
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=begin)
     pending: deque[Future[Result]] = deque()
     try:
         for task in tasks:
@@ -307,39 +349,55 @@ def _map_in_order(function: Callable[[Task], Result], tasks: Iterable[Task], wor
 
 
 def _write(
-    cut: Iterable[CutDocument], writer: RowsWriter, bar: Progress, tokens_per_row: int, packer: Packer | None
-) -> tuple[RowCounts, int]:
-    """Writes all rows; returns the counts and the length of the longest document in tokens."""
-    documents = tokens = rows = too_short = longest = dropped = 0
-    masked: bool | None = None
+    cut: Iterable[CutDocument],
+    writer: RowsWriter,
+    bar: Progress,
+    tokens_per_row: int,
+    packer: Packer | None,
+    begun: Written,
+    growing: GrowingFolder,
+) -> Written:
+    """Writes all rows behind those of `begun`, noting now and then how far they have come; returns that."""
+    done, saved = begun, time.monotonic()
+    bar.update(begun.input_bytes)
     for document in cut:
-        if masked not in (None, document.targets is not None):
-            expected = f"as {'the' if masked else 'no'} document before has one"
-            raise ValueError(f'{document.location}: "{MASK_KEY}": expected {"one" if masked else "none"}, {expected}')
         masked = document.targets is not None
+        if done.masked not in (None, masked):
+            expected = f"as {'the' if done.masked else 'no'} document before has one"
+            raise ValueError(
+                f'{document.location}: "{MASK_KEY}": expected {"one" if done.masked else "none"}, {expected}'
+            )
         num_rows, num_rest = len(document.rows), 0
         offsets_R = np.arange(num_rows, dtype=np.int64) * tokens_per_row
         if packer is not None:
-            for piece in _pieces(document, documents, offsets_R, tokens_per_row):
-                rows += _write_packed(packer.add(piece), writer)
+            for piece in _pieces(document, done.documents, offsets_R, tokens_per_row):
+                _write_packed(packer.add(piece), writer)
             num_rest = int(document.rest is not None)
         elif num_rows:
             marks = None if document.targets is None else document.targets[None]
-            writer.add_document(document.rows, documents, offsets_R, marks)
-            rows += num_rows
-        documents += 1
-        tokens += document.num_tokens
-        too_short += num_rows + num_rest == 0
-        if not num_rest:
-            dropped += document.num_tokens - num_rows * tokens_per_row
-        longest = max(longest, document.num_tokens)
+            writer.add_document(document.rows, done.documents, offsets_R, marks)
+        file, documents_of_file = document.place
+        dropped = 0 if num_rest else document.num_tokens - num_rows * tokens_per_row
+        done = Written(
+            file=file,
+            documents_of_file=documents_of_file,
+            documents=done.documents + 1,
+            tokens=done.tokens + document.num_tokens,
+            documents_too_short=done.documents_too_short + (num_rows + num_rest == 0),
+            tokens_dropped=done.tokens_dropped + dropped,
+            longest=max(done.longest, document.num_tokens),
+            masked=masked,
+            input_bytes=done.input_bytes + document.file_bytes,
+            written=writer.so_far,
+        )
         bar.update(document.file_bytes)
+        if time.monotonic() - saved >= SAVE_SECONDS:
+            writer.flush()
+            growing.save(done, {} if packer is None else packer.state())
+            saved = time.monotonic()
     if packer is not None:
-        rows += _write_packed(packer.finish(), writer)
-    counts = RowCounts(
-        documents=documents, tokens=tokens, rows=rows, documents_too_short=too_short, tokens_dropped=dropped
-    )
-    return counts, longest
+        _write_packed(packer.finish(), writer)
+    return done
 
 
 def _pieces(
@@ -352,10 +410,6 @@ def _pieces(
         yield Piece(document.rest, document.targets, number, len(document.rows) * tokens_per_row)
 
 
-def _write_packed(rows: Iterable[PackedRow], writer: RowsWriter) -> int:
-    """Writes packed rows; returns how many."""
-    count = 0
+def _write_packed(rows: Iterable[PackedRow], writer: RowsWriter) -> None:
     for row in rows:
         writer.add_document(row.ids[None], row.document, np.array([row.offset], dtype=np.int64), row.marks)
-        count += 1
-    return count

@@ -11,7 +11,6 @@ missing, and the result is the same byte for byte.
 
 import dataclasses
 import hashlib
-import os
 import shutil
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from megatron_tw.data.files import sync, write_synced
 from megatron_tw.data.rows import TokenRows, digest_of_all
 from megatron_tw.data.scores import (
     DIGESTS_FILE,
@@ -88,7 +88,7 @@ class ScoreParts:
     def begin(self) -> None:
         """Make the folder of the parts, or go on in it. One process does this, after `check`."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write_bytes(self.folder / "plan.json", self.header.to_json().encode())
+        write_synced(self.folder / "plan.json", self.header.to_json().encode())
 
     def missing(self) -> list[int]:
         """Parts that are still to be made."""
@@ -106,7 +106,7 @@ class ScoreParts:
         """Keep a part: all of it or nothing."""
         assert nll_RT.shape == (len(self.rows_of(part)), self.header.seq_length - 1)
         content = nll_RT.astype("<f4").tobytes()
-        _write_bytes(self._file(part), content + _digest(content))
+        write_synced(self._file(part), content + _digest(content))
 
     def _read(self, part: int) -> npt.NDArray[np.float32]:
         """A part's NLLs [rows, T]. One that is damaged is removed, so that the next run makes it again.
@@ -154,7 +154,7 @@ class ScoreParts:
         )
         (folder / HEADER_FILE).write_text(header.to_json(), encoding="utf-8")
         for file in folder.iterdir():
-            _sync(file)
+            sync(file)
         folder.rename(self.output)  # replaces an empty folder, and nothing else
 
     def discard(self) -> None:
@@ -166,23 +166,5 @@ class ScoreParts:
         return self.folder / f"{rows.start:09d}-{rows.stop:09d}.part"
 
 
-def _write_bytes(file: Path, content: bytes) -> None:
-    """Write a file so that it is there complete or not at all, after a crash of the machine too."""
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        _sync(temporary)
-        temporary.replace(file)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def _digest(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
-
-
-def _sync(file: Path) -> None:
-    """Wait until the file is on disk."""
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())

@@ -2,8 +2,12 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +19,13 @@ TOKENIZER_FILES = (
 )
 # The parts of a tokenizer.json that decide the ids of a text to which no special tokens are added.
 TOKENIZER_JSON_PARTS = ("added_tokens", "normalizer", "pre_tokenizer", "model")
+
+
+class Encoder(Protocol):
+    """The part of a tokenizer that makes ids, to be sent to other processes."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`Tokenizer.encode` of each, on one core."""
 
 
 class Tokenizer(Protocol):
@@ -32,9 +43,14 @@ class Tokenizer(Protocol):
     eos_id: int | None
     fingerprint: str
     """sha256 (hex) of what decides the ids of a text: the same for copies of a tokenizer, wherever they lie."""
+    library: str
+    """Name and version of the library that makes the ids."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of the text; no special tokens are added."""
+
+    def encoder(self) -> "Encoder":
+        """What does `encode` for many texts."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens by their name; a character whose bytes are not all there becomes U+FFFD."""
@@ -94,11 +110,19 @@ class HuggingFaceTokenizer:
         self.bos_id: int | None = self._tokenizer.bos_token_id
         self.eos_id: int | None = self._tokenizer.eos_token_id
         self.fingerprint = _folder_fingerprint(folder)
+        self.library = f"tokenizers {version('tokenizers')}"
+        self._backend = getattr(self._tokenizer, "backend_tokenizer", None)  # none of a tokenizer in Python alone
 
     def encode(self, text: str) -> list[int]:
         # verbose=False: no warning that a document is longer than the base model's context
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
         return ids
+
+    def encoder(self) -> Encoder:
+        if self._backend is None:
+            return OpenedEncoder(self.path)
+        self.encode("")  # transformers sets truncation, padding and more of the library's when it is called
+        return FastEncoder(self._backend, self._backend.encode_special_tokens)
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
@@ -132,10 +156,14 @@ class SentencePieceTokenizer:
         self.bos_id = _id_or_none(self._processor.bos_id())
         self.eos_id = _id_or_none(self._processor.eos_id())
         self.fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()
+        self.library = f"sentencepiece {version('sentencepiece')}"
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._processor.encode(text)
         return ids
+
+    def encoder(self) -> Encoder:
+        return OpenedEncoder(self.path)
 
     def decode(self, ids: Sequence[int]) -> str:
         text = ""
@@ -190,6 +218,39 @@ class SentencePieceTokenizer:
             "add_prefix_space": normalizer.add_dummy_prefix,
             "legacy": False,
         }
+
+
+@dataclass(frozen=True)
+class FastEncoder:
+    """By the tokenizers library itself. A process that is sent it need not import transformers.
+
+    tokenizer: tokenizers.Tokenizer. encode_special_tokens: of it, which it does not take along itself.
+    """
+
+    tokenizer: Any
+    encode_special_tokens: bool
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its only switch: otherwise it takes all cores
+        self.tokenizer.encode_special_tokens = self.encode_special_tokens
+        encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)  # fast: no offsets
+        return [encoding.ids for encoding in encodings]
+
+
+@dataclass(frozen=True)
+class OpenedEncoder:
+    """By the tokenizer at `path`, which each process opens once."""
+
+    path: Path
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        tokenizer = _opened(self.path)
+        return [tokenizer.encode(text) for text in texts]
+
+
+@cache
+def _opened(path: Path) -> Tokenizer:
+    return load_tokenizer(path)
 
 
 def fingerprint_of(folder: Path) -> str | None:
