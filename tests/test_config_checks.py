@@ -24,6 +24,7 @@ from megatron_tw.config import (
     check_fp32_attention,
     check_model_shape,
     check_own_windows,
+    check_packed,
     check_windows,
     data_parallel_size,
     num_microbatches,
@@ -318,6 +319,26 @@ BAD_FOR_ITSELF: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+BAD_FOR_PACKED: list[tuple[dict[str, Any], str]] = [
+    (
+        {"parallel": ParallelConfig(tensor_model_parallel_size=4, context_parallel_size=4)},
+        "--data-path: packed with --pack-multiple 16, expected a multiple of 32 for --context-parallel-size 4",
+    ),
+    ({"parallel": ParallelConfig(context_parallel_size=16)}, "expected a multiple of 32 for"),
+    ({"parallel": ParallelConfig(), "micro_batch_size": 2}, "--micro-batch-size: expected 1 with packed rows"),
+    ({"parallel": ParallelConfig(), "fp8_format": "hybrid"}, "--fp8-format: expected none with packed rows"),
+    ({"parallel": ParallelConfig(cp_comm_type="a2a")}, "--cp-comm-type: expected p2p with packed rows"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_FOR_PACKED)
+def test_checks_of_packed_rows(options: dict[str, Any], message: str) -> None:
+    check_packed("--data-path", 16, ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=4))
+    check_packed("--data-path", 1, ParallelConfig())
+    with pytest.raises(ValueError, match=message):
+        check_packed("--data-path", 16, **options)
+
+
 @pytest.mark.parametrize(("options", "message"), BAD_FOR_ITSELF)
 def test_checks_of_a_models_own_windows(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -394,6 +415,7 @@ def test_every_check_is_tested() -> None:
     cases += [partial(check_model_shape, ParallelConfig(**o), **MODEL | shape) for o, shape, _ in BAD_FOR_MODEL]
     cases += [partial(check_fp32_attention, "--seq-length", **LONG_FP32)]
     cases += [partial(check_own_windows, WindowsConfig(**options), 256) for options, _ in BAD_FOR_ITSELF]
+    cases += [partial(check_packed, "--data-path", 16, **options) for options, _ in BAD_FOR_PACKED]
     failed_at = set()
     for case in cases:
         with pytest.raises(ValueError) as caught:

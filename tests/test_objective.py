@@ -334,8 +334,8 @@ def compare_with_step(axes: Axes, scheme: WeightingConfig) -> tuple[list[float],
 class OwnScorer:
     """The unfrozen scorer's completion alone."""
 
-    def complete(self, short_RT: Tensor, long_RT: Tensor) -> Tensor:
-        return unfrozen_short_nll(long_RT, short_RT, WINDOW)
+    def complete(self, short_RT: Tensor, long_RT: Tensor, document_starts_RT: Tensor | None) -> Tensor:
+        return unfrozen_short_nll(long_RT, short_RT, WINDOW, document_starts_RT)
 
 
 @pytest.mark.parametrize("axes", [Axes(), Axes(tp=2), Axes(cp=2), Axes(tp=2, cp=2)], ids=lambda axes: axes.name)

@@ -51,11 +51,11 @@ def score(configs: list[ScoringConfig], stop_after: int | None = None) -> None:
     """On a rank: score; with stop_after, fail in the middle, when the rank has scored that many times."""
     real, calls = ShortWindowForward.short_nll, []
 
-    def failing(self, model, rows_RN):
+    def failing(self, model, rows_RN, documents_D3=None):
         calls.append(len(rows_RN))
         if stop_after is not None and len(calls) > stop_after:
             raise RuntimeError("killed")
-        return real(self, model, rows_RN)
+        return real(self, model, rows_RN, documents_D3)
 
     ShortWindowForward.short_nll = failing  # type: ignore[method-assign]
     try:

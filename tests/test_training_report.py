@@ -22,10 +22,15 @@ def targets() -> dict[str, torch.Tensor]:
     return {"valid_MT": valid, "long_MT": long, "short_MT": short, "weights_MT": weights}
 
 
+def sums_of(report: StepReport, targets: dict[str, torch.Tensor]) -> torch.Tensor:
+    valid, long, short, weights = targets.values()
+    return report.sums(valid, long, short, weights)
+
+
 def test_metrics_are_means_over_all_targets(targets: dict[str, torch.Tensor]) -> None:
     report = StepReport.of_rows(N, old_context=96)
     assert report.edges == EDGES
-    parts = [report.sums(**{name: x[rows] for name, x in targets.items()}) for rows in (slice(0, 1), slice(1, 4))]
+    parts = [sums_of(report, {name: x[rows] for name, x in targets.items()}) for rows in (slice(0, 1), slice(1, 4))]
     metrics = report.metrics(torch.stack(parts).sum(0).tolist(), scored=True)
 
     valid, long, short, weights = (x.double().numpy() for x in targets.values())
@@ -46,6 +51,9 @@ def test_metrics_are_means_over_all_targets(targets: dict[str, torch.Tensor]) ->
         "rows": 4,
         "nonfinite": 0,
         "loss_rows": (mask & (weights != 0)).sum(),
+        "labelled_rows": count,
+        "targets": count,
+        "attended": 4 * N**2,
     }
     buckets = metrics.pop("by_position")
     assert metrics == pytest.approx(expected, rel=1e-6)
@@ -78,4 +86,4 @@ def test_what_is_not_finite_is_counted(targets: dict[str, torch.Tensor], name: s
     report = StepReport.of_rows(N, old_context=96)
     row, column = targets["valid_MT"].nonzero()[7]
     targets[name][row, column] = value
-    assert report.metrics(report.sums(**targets).tolist(), scored=True)["nonfinite"] == 1
+    assert report.metrics(sums_of(report, targets).tolist(), scored=True)["nonfinite"] == 1

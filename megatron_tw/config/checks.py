@@ -176,6 +176,28 @@ def check_seq_length(parallel: ParallelConfig, seq_length: int) -> None:
     )
 
 
+def check_packed(
+    option: str, multiple: int, parallel: ParallelConfig, *, micro_batch_size: int = 1, fp8_format: str | None = None
+) -> None:
+    """What packed rows, whose documents begin at multiples of `multiple` tokens, ask of a run. option: names them."""
+    _require(
+        multiple % parallel.document_multiple == 0,
+        f"{option}: packed with --pack-multiple {multiple}, expected a multiple of {parallel.document_multiple} for "
+        f"--context-parallel-size {parallel.context_parallel_size} (two slices of each document a rank) and "
+        f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size}; prepare the rows again",
+    )
+    _require(
+        micro_batch_size == 1,
+        f"--micro-batch-size: expected 1 with packed rows ({option}), which are a batch of documents already, got "
+        f"{micro_batch_size}",
+    )
+    _require(
+        parallel.cp_comm_type == "p2p",
+        f"--cp-comm-type: expected p2p with packed rows ({option}), got {parallel.cp_comm_type}",
+    )
+    _require(fp8_format is None, f"--fp8-format: expected none with packed rows ({option}), got {fp8_format}")
+
+
 def check_windows(windows: WindowsConfig, seq_length: int) -> None:
     """The short windows of a row of `seq_length` tokens, or that without them there is no stride."""
     decided = windows.of_rows(seq_length)

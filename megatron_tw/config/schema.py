@@ -61,8 +61,16 @@ class ParallelConfig(ShardingConfig):
     def seq_length_multiple(self) -> int:
         """What a row's length must be a multiple of: each CP rank holds two slices of equal length, and sequence
         parallelism cuts its tokens into TP equal parts."""
-        slices = 2 if self.context_parallel_size > 1 else 1
-        return self.context_parallel_size * lcm(slices, self.loss_shards)
+        return self.context_parallel_size * lcm(self._slices, self.loss_shards)
+
+    @property
+    def document_multiple(self) -> int:
+        """Likewise, the length of a document in a packed row: 2 x CP x TP with both, so that neither changes it."""
+        return self.context_parallel_size * self._slices * self.loss_shards
+
+    @property
+    def _slices(self) -> int:
+        return 2 if self.context_parallel_size > 1 else 1
 
 
 @dataclass(frozen=True, kw_only=True)

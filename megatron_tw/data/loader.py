@@ -114,6 +114,16 @@ def read_batch(rows: "TokenRows | Blend", index: Sequence[int]) -> Batch:
     )
 
 
+def documents_of(batches: Sequence[Batch]) -> torch.Tensor | None:
+    """`Batch.documents` of batches together, with rows counted on from one to the next."""
+    found, first = [], 0
+    for batch in batches:
+        if batch.documents is not None:
+            found.append(batch.documents + torch.tensor([first, 0, 0]))
+        first += len(batch.tokens)
+    return torch.cat(found) if found else None
+
+
 class Loader:
     """Endless iterator over steps: `next` gives the list of this rank's micro-batches and advances `consumed_samples`.
 

@@ -529,8 +529,6 @@ def check_rows(rows: TokenRows, *, seq_length: int, model_vocab_size: int | None
         ValueError: rows of another length than `--seq-length`, or ids that the model's vocabulary (unpadded) has not.
     """
     header = rows.header
-    if header.marks:
-        raise ValueError(f"{rows.path}: packed or masked rows: nothing reads their marks yet")
     if header.seq_length != seq_length:
         raise ValueError(f"{rows.path}: dataset rows of {header.seq_length} tokens, --seq-length {seq_length}")
     data_vocab_size = header.largest_id + 1 if header.vocab_size is None else header.vocab_size

@@ -79,6 +79,11 @@ def prepare_longppl(setting: Setting, names: Sequence[str]) -> Run:
     assert options.data_path is not None
     assert options.seq_length is not None
     rows = open_rows("--data-path", options.data_path, setting.source, options.seq_length)
+    if rows.header.marks:
+        raise ValueError(
+            f"--tasks longppl: expected rows of one document, all of whose targets count, as published; {rows.path} "
+            f"holds {'packed' if rows.header.packing is not None else 'masked'} rows"
+        )
     check_model_length(setting, options.seq_length)
     check_attention(config.compute, setting.source, setting.device, options.seq_length)
     num_rows = len(rows) if options.eval_rows is None else min(options.eval_rows, len(rows))

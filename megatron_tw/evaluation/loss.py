@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tw.config import check_packed
+from megatron_tw.config.evaluation import EvaluationConfig
+from megatron_tw.data.loader import read_batch
 from megatron_tw.data.rows import TokenRows
 from megatron_tw.evaluation.compare import check_same_rows
 from megatron_tw.evaluation.kept import Arrays, Kept, in_passes
@@ -21,8 +23,10 @@ from megatron_tw.evaluation.key_tokens import choose_key_tokens
 from megatron_tw.evaluation.position import mean_nll, nll_by_position, position_edges
 from megatron_tw.evaluation.result import EvaluationHeader, EvaluationResult
 from megatron_tw.evaluation.results import Record
+from megatron_tw.evaluation.targets import RowTargets
 from megatron_tw.evaluation.tasks import Found, Model, Run, Setting
-from megatron_tw.model.forward import ShortWindowForward, long_nll, long_nll_and_top1
+from megatron_tw.model.forward import long_nll, long_nll_and_top1
+from megatron_tw.model.packed_windows import WindowForward, window_forward
 from megatron_tw.parallel.contact import now_at
 from megatron_tw.parallel.devices import Device
 from megatron_tw.parallel.layout import Layout
@@ -40,13 +44,15 @@ def prepare_loss(setting: Setting, names: Sequence[str]) -> Run:
     seq_length = options.seq_length
     rows = open_rows("--data-path", options.data_path, source, seq_length)
     check_attention(config.compute, source, setting.device, seq_length)
+    check_marks(rows, config)
     bos_id = row_bos_id(options.bos_id, rows, source.architecture)
     num_rows = len(rows) if options.eval_rows is None else min(options.eval_rows, len(rows))
+    targets = RowTargets.of_rows(rows, num_rows)
     windows = config.windows.of_rows(seq_length)
     header = EvaluationHeader(
         model=source.name,
         layout="",
-        seq_length=seq_length,
+        seq_length=targets.longest,
         short_window=windows.tokens if windows is not None else None,
         short_stride=windows.stride if windows is not None else None,
         rotary_base=source.architecture.rotary_base,
@@ -57,7 +63,7 @@ def prepare_loss(setting: Setting, names: Sequence[str]) -> Run:
     if options.key_tokens is not None:
         key_tokens = choose_key_tokens(EvaluationResult.load(options.key_tokens), options.key_tokens)
         check_same_rows(
-            "the rows of --data-path", header, num_rows, f"--key-tokens {key_tokens.name}", key_tokens.source
+            "the rows of --data-path", header, len(targets.names), f"--key-tokens {key_tokens.name}", key_tokens.source
         )
 
     setting.facts["rows"] = rows.header.fingerprint
@@ -65,8 +71,8 @@ def prepare_loss(setting: Setting, names: Sequence[str]) -> Run:
     def run(model: Model) -> Found:
         layout, short_forward = model.layout, None
         if windows is not None:
-            short_forward = ShortWindowForward.create(
-                seq_length,
+            short_forward = window_forward(
+                rows.header,
                 windows.tokens,
                 windows.stride,
                 include_first=False,
@@ -94,19 +100,33 @@ def prepare_loss(setting: Setting, names: Sequence[str]) -> Run:
         long_all, short_all, top1_all = nlls.long, nlls.short, nlls.top1
         assert long_all is not None
         assert top1_all is not None
+        long, top1, valid = (targets.by_document(x) for x in (long_all.numpy(), top1_all.numpy(), targets.valid))
+        short = None
         if short_all is not None and windows is not None:
-            short_all = unfrozen_short_nll(long_all, short_all, windows.tokens)
+            of_documents = torch.from_numpy(targets.by_document(short_all.numpy()))
+            short = unfrozen_short_nll(torch.from_numpy(long), of_documents, windows.tokens).numpy()
         result = EvaluationResult(
             header=replace(header, layout=layout.describe()),
-            row_index=np.arange(num_rows),
-            long_nll=long_all.numpy(),
-            short_nll=None if short_all is None else short_all.numpy(),
-            valid=np.ones((num_rows, seq_length - 1), dtype=bool),
-            top1=top1_all.numpy(),
+            row_index=targets.names,
+            long_nll=long,
+            short_nll=short,
+            valid=valid,
+            top1=top1,
         )
         return Found(records=loss_records(result), nlls=result)
 
     return run
+
+
+def check_marks(rows: TokenRows, config: EvaluationConfig) -> None:
+    """What packed rows ask of the layout.
+
+    Raises:
+        ValueError: names the option.
+    """
+    if rows.header.packing is not None:
+        multiple, micro_batch_size = rows.header.packing.multiple, config.evaluation.micro_batch_size
+        check_packed("--data-path", multiple, config.parallel, micro_batch_size=micro_batch_size)
 
 
 def loss_records(result: EvaluationResult) -> tuple[Record, ...]:
@@ -141,7 +161,7 @@ def nll_of_rows(
     device: Device,
     *,
     micro_batch_size: int,
-    short_forward: ShortWindowForward | None = None,
+    short_forward: WindowForward | None = None,
     long: bool = True,
     top1: bool = False,
     what: str,
@@ -159,17 +179,23 @@ def nll_of_rows(
         now_at(f"{what}, row {first * layout.dp_size}")
         # Rows past the end stand in for nothing and are dropped below.
         mine = [min((first + i) * layout.dp_size + layout.dp_rank, num_rows - 1) for i in range(rows_per_pass)]
-        tokens_RN = torch.from_numpy(np.stack([rows[row] for row in mine])).to(device.device)
+        batch = read_batch(rows, mine)
+        tokens_RN = batch.tokens.to(device.device)
+        marks: dict[str, Any] = {
+            "micro_batch_size": micro_batch_size,
+            "valid_RT": None if batch.valid is None else batch.valid.to(device.device),
+            "documents_D3": batch.documents,
+        }
         made: dict[str, Tensor | None] = {}
         if not long:
             assert short_forward is not None
         elif top1:
-            both = long_nll_and_top1(model, tokens_RN, layout, micro_batch_size=micro_batch_size)
+            both = long_nll_and_top1(model, tokens_RN, layout, **marks)
             made["long"], made["top1"] = (None, None) if both is None else both
         else:
-            made["long"] = long_nll(model, tokens_RN, layout, micro_batch_size=micro_batch_size)
+            made["long"] = long_nll(model, tokens_RN, layout, **marks)
         if short_forward is not None:
-            made["short"] = short_forward.short_nll(model, tokens_RN)
+            made["short"] = short_forward.short_nll(model, tokens_RN, batch.documents)
         left = num_rows - first * layout.dp_size
         there = {key: part_RT for key, part_RT in made.items() if part_RT is not None}
         return {key: _in_row_order(part_RT, left, layout) for key, part_RT in there.items()} or None

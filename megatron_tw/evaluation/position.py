@@ -34,17 +34,25 @@ def mean_nll(nll_RT: npt.NDArray[np.floating], mask_RT: npt.NDArray[np.bool_]) -
 
 
 def nll_by_position(
-    nll_RT: npt.NDArray[np.floating], mask_RT: npt.NDArray[np.bool_], edges: Sequence[int]
+    nll_RT: npt.NDArray[np.floating],
+    mask_RT: npt.NDArray[np.bool_],
+    edges: Sequence[int],
+    *,
+    position_RT: npt.NDArray[np.integer] | None = None,
 ) -> tuple[PositionBucket, ...]:
-    """The mean NLL of each bucket (see `position_edges`)."""
+    """The mean NLL of each bucket (see `position_edges`). position_RT: of the targets; None: column j is position
+    j + 1."""
     assert edges[0] >= 1
     assert edges[-1] <= nll_RT.shape[1] + 1
     assert all(low < high for low, high in pairwise(edges))
     buckets = []
     for low, high in pairwise(edges):
-        columns = slice(low - 1, high - 1)  # column j is position j + 1
-        mask = mask_RT[:, columns]
-        nll = mean_nll(nll_RT[:, columns], mask)
+        if position_RT is None:
+            columns = slice(low - 1, high - 1)
+            mask, some = mask_RT[:, columns], nll_RT[:, columns]
+        else:
+            mask, some = mask_RT & (position_RT >= low) & (position_RT < high), nll_RT
+        nll = mean_nll(some, mask)
         buckets.append(PositionBucket(first=low, last=high - 1, targets=int(mask.sum()), nll=nll))
     return tuple(buckets)
 

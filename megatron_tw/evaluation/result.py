@@ -48,7 +48,7 @@ class EvaluationHeader:
     layout: str
     """Parallel layout, for people: "TP 2 x CP 2"."""
     seq_length: int
-    """N, tokens of a row."""
+    """N, tokens of a row; of packed rows, of the longest document."""
     short_window: int | None
     """n, tokens that the short NLL sees at most; None: only the long NLL was made."""
     short_stride: int | None
@@ -77,7 +77,7 @@ class EvaluationResult:
 
     header: EvaluationHeader
     row_index: npt.NDArray[np.int64]
-    """[R]: which rows of the dataset."""
+    """[R]: which rows of the dataset; of packed rows, which documents (`RowTargets.names`), each as a row."""
     long_nll: npt.NDArray[np.float32]
     """[R, T]: with the whole row before the target as context."""
     short_nll: npt.NDArray[np.float32] | None

@@ -3,7 +3,8 @@ all tokens, B = batch, H = query heads, G = key-value heads, D = head size.
 
 Keys and values are gathered over the context-parallel group (context_gather.py), and each of this rank's two zigzag
 chunks attends to the keys up to its own end, with PyTorch's scaled_dot_product_attention and a bottom-right causal
-mask.
+mask. In a packed sequence that is done for each document, those of equal length as one batch: as many calls as there
+are lengths, which are fewer than sqrt(2 N / multiple) where documents are padded to a multiple.
 """
 
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from megatron_tw.model.context_gather import GatherKeysValues, gathered_again
 from megatron_tw.model.sequence import SequenceShard
+from megatron_tw.objective.packed import PackedSequence
 
 
 class ContextParallelAttention(MegatronModule):
@@ -57,27 +59,63 @@ class ContextParallelAttention(MegatronModule):
         shard = packed_seq_params
         assert isinstance(shard, SequenceShard), "every forward pass names its SequenceShard"
         q_BHSD, k_BGSD, v_BGSD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if shard.size == 1:
-            out_BHSD = F.scaled_dot_product_attention(
-                q_BHSD,
-                k_BGSD,
-                # A view of what the projection made of queries, keys and values, which backward would keep whole.
-                v_BGSD.contiguous() if torch.is_grad_enabled() else v_BGSD,
-                is_causal=True,
-                scale=self.softmax_scale,
-                enable_gqa=q_BHSD.shape[1] != k_BGSD.shape[1],
-            )
+        if shard.packed is not None:
+            out_BHSD = self._attend_within_documents(q_BHSD, k_BGSD, v_BGSD, shard, shard.packed)
+        elif shard.size == 1:
+            # The values are a view of what the projection made of queries, keys and values, which backward would keep
+            # whole.
+            v_BGSD = v_BGSD.contiguous() if torch.is_grad_enabled() else v_BGSD
+            out_BHSD = self._attend(q_BHSD, k_BGSD, v_BGSD, shard)
         else:
             kv_2BGSD = torch.stack((k_BGSD, v_BGSD))
-            kv_2BGND = GatherKeysValues.apply(kv_2BGSD, shard.cp_group, shard.rank)
-            again = gathered_again(kv_2BGND, kv_2BGSD, shard.cp_group) if self.gathers_again else nullcontext()
+            kv_2BGND = GatherKeysValues.apply(kv_2BGSD, shard)
+            again = gathered_again(kv_2BGND, kv_2BGSD, shard) if self.gathers_again else nullcontext()
             with again:
-                out_BHSD = self._attend_to_gathered(q_BHSD, kv_2BGND, shard)
+                out_BHSD = self._attend_to_gathered(q_BHSD, kv_2BGND[0], kv_2BGND[1], shard)
         return out_BHSD.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
-    def _attend_to_gathered(self, q_BHSD: Tensor, kv_2BGND: Tensor, shard: SequenceShard) -> Tensor:
+    def _attend_within_documents(
+        self, q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, shard: SequenceShard, packed: PackedSequence
+    ) -> Tensor:
+        """As `forward`, of one packed sequence (B = 1)."""
+        q_HSD = q_BHSD[0].index_select(1, packed.local_by_length)
+        kv_2BGSD = torch.stack((k_BGSD, v_BGSD))
+        if shard.size == 1:
+            kv_2BGND = kv_2BGSD.index_select(3, packed.local_by_length)
+        else:
+            kv_2BGND = GatherKeysValues.apply(kv_2BGSD, shard)
+        again = shard.size > 1 and self.gathers_again
+        outputs, first = [], 0
+        with gathered_again(kv_2BGND, kv_2BGSD, shard) if again else nullcontext():
+            for count, length in packed.by_length:  # as a batch of `count` sequences
+                own = length // shard.size
+                q, k, v = (
+                    x.narrow(1, first // ranks, count * tokens).unflatten(1, (count, tokens)).transpose(0, 1)
+                    for x, tokens, ranks in (
+                        (q_HSD, own, shard.size),
+                        (kv_2BGND[0, 0], length, 1),
+                        (kv_2BGND[1, 0], length, 1),
+                    )
+                )
+                outputs.append(self._attend(q, k, v, shard).transpose(0, 1).flatten(1, 2))
+                first += count * length
+        return torch.cat(outputs, dim=1).index_select(1, packed.local_in_order)[None]
+
+    def _attend(self, q_BHSD: Tensor, k_BGND: Tensor, v_BGND: Tensor, shard: SequenceShard) -> Tensor:
+        """This rank's queries with the keys of the whole sequences."""
+        if shard.size > 1:
+            return self._attend_to_gathered(q_BHSD, k_BGND, v_BGND, shard)
+        return F.scaled_dot_product_attention(
+            q_BHSD,
+            k_BGND,
+            v_BGND,
+            is_causal=True,
+            scale=self.softmax_scale,
+            enable_gqa=q_BHSD.shape[1] != k_BGND.shape[1],
+        )
+
+    def _attend_to_gathered(self, q_BHSD: Tensor, k_BGND: Tensor, v_BGND: Tensor, shard: SequenceShard) -> Tensor:
         """Each of this rank's two chunks [B, H, C, D] of queries with the keys up to its own end."""
-        k_BGND, v_BGND = kv_2BGND
         chunk = q_BHSD.shape[2] // 2
         outputs = []
         for index, q_BHCD in zip((shard.rank, 2 * shard.size - 1 - shard.rank), q_BHSD.chunk(2, dim=2), strict=True):

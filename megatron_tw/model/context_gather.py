@@ -14,30 +14,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tw.objective.zigzag import unshard, zigzag_shard
+from megatron_tw.model.sequence import SequenceShard
 
 
 class GatherKeysValues(torch.autograd.Function):
-    """[2, B, G, S, D] of every rank -> [2, B, G, N, D] in sequence order; backward: summed over ranks, this rank's
-    slice."""
+    """[2, B, G, S, D] of every rank -> [2, B, G, N, D] as `SequenceShard.gathered` orders them; backward: summed over
+    ranks, this rank's slice."""
 
     @staticmethod
-    def forward(ctx: Any, kv_2BGSD: Tensor, group: dist.ProcessGroup, rank: int) -> Tensor:
-        ctx.group, ctx.rank = group, rank
-        return _gather(kv_2BGSD, group)
+    def forward(ctx: Any, kv_2BGSD: Tensor, shard: SequenceShard) -> Tensor:
+        ctx.shard = shard
+        return _gather(kv_2BGSD, shard)
 
     @staticmethod
-    def backward(ctx: Any, grad_2BGND: Tensor) -> tuple[Tensor, None, None]:
-        size = ctx.group.size()
+    def backward(ctx: Any, grad_2BGND: Tensor) -> tuple[Tensor, None]:
+        shard = ctx.shard
         # In fp32: sums of many bf16 terms over ranks would depend on the layout.
-        parts = [zigzag_shard(grad_2BGND, 3, rank=rank, size=size).float().contiguous() for rank in range(size)]
+        parts = [shard.part_of_gathered(grad_2BGND, 3, rank).float().contiguous() for rank in range(shard.size)]
         mine = torch.empty_like(parts[0])
-        dist.reduce_scatter(mine, parts, group=ctx.group)
-        return mine.to(grad_2BGND.dtype), None, None
+        dist.reduce_scatter(mine, parts, group=shard.cp_group)
+        return mine.to(grad_2BGND.dtype), None
 
 
 @contextmanager
-def gathered_again(kv_2BGND: Tensor, kv_2BGSD: Tensor, group: dist.ProcessGroup) -> Iterator[None]:
+def gathered_again(kv_2BGND: Tensor, kv_2BGSD: Tensor, shard: SequenceShard) -> Iterator[None]:
     """Around what uses the gathered `kv_2BGND`: of its memory nothing is saved for backward, only which part of it was
     used and this rank's own `kv_2BGSD`. Backward gathers once for all that was used here, the same numbers in the same
     places, and lets go when all of it has been used again.
@@ -45,7 +45,7 @@ def gathered_again(kv_2BGND: Tensor, kv_2BGSD: Tensor, group: dist.ProcessGroup)
     Backward runs the operations of a graph in an order that depends on the graph alone, so the gathers of the group's
     ranks meet.
     """
-    again = _Again(kv_2BGSD.detach(), group, kv_2BGND.untyped_storage()._cdata)
+    again = _Again(kv_2BGSD.detach(), shard, kv_2BGND.untyped_storage()._cdata)
     with torch.autograd.graph.saved_tensors_hooks(again.pack, again.unpack):
         yield
 
@@ -55,7 +55,7 @@ class _Again:
     """local: this rank's keys and values. memory: which memory is not to be kept; alive while `pack` is called."""
 
     local: Tensor
-    group: dist.ProcessGroup
+    shard: SequenceShard
     memory: int
     saved: int = 0
     still_to_use: int = 0
@@ -71,7 +71,7 @@ class _Again:
         if isinstance(packed, Tensor):
             return packed
         if self.gathered is None:
-            self.gathered, self.still_to_use = _gather(self.local, self.group), self.saved
+            self.gathered, self.still_to_use = _gather(self.local, self.shard), self.saved
         part = self.gathered.as_strided(packed.shape, packed.stride, packed.offset)
         self.still_to_use -= 1
         if self.still_to_use == 0:
@@ -88,7 +88,7 @@ class _Part:
     offset: int
 
 
-def _gather(kv_2BGSD: Tensor, group: dist.ProcessGroup) -> Tensor:
-    shards = [torch.empty_like(kv_2BGSD, memory_format=torch.contiguous_format) for _ in range(group.size())]
-    dist.all_gather(shards, kv_2BGSD.contiguous(), group=group)
-    return unshard(shards, 3)
+def _gather(kv_2BGSD: Tensor, shard: SequenceShard) -> Tensor:
+    parts = [torch.empty_like(kv_2BGSD, memory_format=torch.contiguous_format) for _ in range(shard.size)]
+    dist.all_gather(parts, kv_2BGSD.contiguous(), group=shard.cp_group)
+    return shard.gathered(parts, 3)

@@ -18,11 +18,13 @@ from functools import lru_cache
 from math import prod
 
 import numpy as np
+from torch import Tensor
 
 from megatron_tw.config import ActivationConfig, ComputeConfig, ParallelConfig, TrainConfig, virtual_pipeline_size
 from megatron_tw.model.architecture import Architecture, megatron_vocab_size
 from megatron_tw.model.families.table import layer_shapes
 from megatron_tw.model.forward import deal_windows, num_window_groups, padded_window
+from megatron_tw.model.packed_windows import PackedWindowForward, lay_out_bins
 from megatron_tw.weighting import Window
 
 ATTENTION_BACKWARD = 2.5
@@ -60,14 +62,18 @@ class StepWork:
         return self.scoring.total + self.forward.total + self.backward.total
 
 
-def layers_work(architecture: Architecture, sequences: float, length: int) -> Work:
-    """All layers forward, over sequences of `length` tokens."""
+def layers_work(architecture: Architecture, sequences: float, length: int, attended: float | None = None) -> Work:
+    """All layers forward, over sequences of `length` tokens.
+
+    attended: sum of the squares of the documents' lengths; None: each sequence is one document.
+    """
+    attended = sequences * float(length) ** 2 if attended is None else attended
     matrices = [shape for shape in layer_shapes(architecture) if len(shape) == 2]
     numbers = architecture.num_layers * sum(rows * columns for rows, columns in matrices)
     queries = architecture.num_attention_heads * architecture.head_dim
     return Work(
         gemm=2 * sequences * length * numbers,
-        attention=2 * sequences * float(length) ** 2 * queries * architecture.num_layers,
+        attention=2 * attended * queries * architecture.num_layers,
     )
 
 
@@ -76,9 +82,10 @@ def head_work(architecture: Architecture, tokens: float) -> Work:
     return Work(gemm=2 * tokens * architecture.hidden_size * architecture.vocab_size)
 
 
-def model_flops(architecture: Architecture, rows: float, seq_length: int) -> float:
-    """Forward and backward of whole rows with all their logits: no scoring, nothing done twice or left out."""
-    forward = layers_work(architecture, rows, seq_length) + head_work(architecture, rows * seq_length)
+def model_flops(architecture: Architecture, rows: float, seq_length: int, attended: float | None = None) -> float:
+    """Forward and backward of whole rows with all their logits: no scoring, nothing done twice or left out. attended:
+    see `layers_work`."""
+    forward = layers_work(architecture, rows, seq_length, attended) + head_work(architecture, rows * seq_length)
     return 3 * forward.total
 
 
@@ -93,19 +100,24 @@ def step_work(
     activations: ActivationConfig,
     keep_logits_mib: int,
     loss_rows: float | None = None,
+    labelled_rows: float | None = None,
+    attended: float | None = None,
     scoring: Work | None = None,
 ) -> StepWork:
     """What one step does with `rows` rows, on all ranks.
 
-    loss_rows: tokens that the loss's backward pass works on (see StepReport.metrics); None for every target. scoring:
+    loss_rows, labelled_rows: tokens that the loss's backward and forward pass work on (see StepReport.metrics); None
+    for every target. attended: see `layers_work`. scoring:
     of this step's rows, see `scoring_work`. keep_logits_mib: resolved; which of the logits kept are of targets with no
     weight is not known, so the share that is kept is taken of all alike.
     """
-    layers = layers_work(architecture, rows, seq_length)
+    layers = layers_work(architecture, rows, seq_length, attended)
     shards = parallel.loss_shards
-    row = Window(0, seq_length, 1, seq_length - 1)
-    labelled_RG = _labelled(row, seq_length, parallel.context_parallel_size, shards)
-    labelled = rows * shards * int(labelled_RG.max(1).sum())
+    labelled = labelled_rows
+    if labelled is None:
+        row = Window(0, seq_length, 1, seq_length - 1)
+        labelled_RG = _labelled(row, seq_length, parallel.context_parallel_size, shards)
+        labelled = rows * shards * int(labelled_RG.max(1).sum())
     loss_rows = labelled if loss_rows is None else loss_rows
     backward = Work(2 * layers.gemm, ATTENTION_BACKWARD * layers.attention)
     backward += _run_again(architecture, layers, parallel, activations)
@@ -147,6 +159,21 @@ def scoring_work(
         for start in range(0, len(labelled_LRG), micro_batch):
             head_rows += shards * int(labelled_LRG[start : start + micro_batch].sum(0).max(1).sum())
     return (layers_work(architecture, sequences, length) + head_work(architecture, head_rows)) * copies
+
+
+def packed_scoring_work(architecture: Architecture, windows: PackedWindowForward, documents_D3: Tensor) -> Work:
+    """The short-window forward of the packed rows of one replica; see `PackedWindowForward`."""
+    bins, ranks, work = windows.bins(documents_D3), windows.layout.cp_size, Work()
+    for rank in range(ranks):
+        mine = bins[rank::ranks]
+        num_bins = windows.batches_of(len(mine)) * windows.bins_at_once
+        laid_out = lay_out_bins(mine, windows.bin_length, num_bins)
+        attended = float(sum(length**2 for length in laid_out.lengths(0, num_bins * windows.bin_length)))
+        batches_BGS = laid_out.scored.reshape(num_bins // windows.bins_at_once, windows.loss_shards, -1)
+        head_rows = windows.loss_shards * int(batches_BGS.sum(2).max(1).sum())
+        work += layers_work(architecture, num_bins, windows.bin_length, attended)
+        work += head_work(architecture, head_rows)
+    return work
 
 
 @lru_cache(maxsize=1024)

@@ -19,16 +19,17 @@ from torch import Tensor
 
 from megatron_tw.model.kernels import as_in_scoring
 from megatron_tw.model.sequence import SequenceShard
+from megatron_tw.objective.packed import PackedSequence
 from megatron_tw.objective.rows import RowLayout
 from megatron_tw.objective.short_windows import IGNORED, lay_out_windows
-from megatron_tw.objective.zigzag import zigzag_positions, zigzag_shard
 from megatron_tw.parallel.layout import Layout, split_context_group
 from megatron_tw.weighting import Window, plan_windows
 
 
-def row_layout(layout: Layout) -> RowLayout:
-    """How the NLLs of `call_model` lie: [seq, batch], in zigzag over the context-parallel group."""
-    return RowLayout(batch_first=False, tp_group=layout.tp_group, cp_group=layout.cp_group)
+def row_layout(layout: Layout, packed: PackedSequence | None = None) -> RowLayout:
+    """How the NLLs of `call_model` lie: [seq, batch], in zigzag over the context-parallel group; packed: of the
+    SequenceShard that it was called with."""
+    return RowLayout(batch_first=False, tp_group=layout.tp_group, cp_group=layout.cp_group, packed=packed)
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,28 @@ class Sequences:
     shard: SequenceShard
 
 
-def long_sequences(rows_RN: Tensor, layout: Layout) -> Sequences:
+def long_sequences(
+    rows_RN: Tensor, layout: Layout, *, valid_RT: Tensor | None = None, documents_D3: Tensor | None = None
+) -> Sequences:
     """Whole rows [R, N] as sequences over the context-parallel group; position i predicts token i + 1, the last has
-    no target."""
-    shard = SequenceShard.over(layout.cp_group, rows_RN.shape[1])
-    labels_RN = torch.nn.functional.pad(rows_RN[:, 1:], (0, 1), value=IGNORED)
-    return shard_sequences(rows_RN, labels_RN, shard)
+    no target.
+
+    valid_RT: which targets count; others get no label. documents_D3: of one packed row, see `Batch.documents`.
+    """
+    length = rows_RN.shape[1]
+    if documents_D3 is None:
+        shard = SequenceShard.over(layout.cp_group, length)
+    else:
+        assert len(rows_RN) == 1, "a packed row is a micro-batch of its own"
+        ends_D = torch.cat((documents_D3[1:, 1], torch.tensor([length])))
+        shard = SequenceShard.of_documents(layout.cp_group, (ends_D - documents_D3[:, 1]).tolist(), rows_RN.device)
+    labels_RT = rows_RN[:, 1:] if valid_RT is None else rows_RN[:, 1:].masked_fill(~valid_RT, IGNORED)
+    return shard_sequences(rows_RN, torch.nn.functional.pad(labels_RT, (0, 1), value=IGNORED), shard)
 
 
 def shard_sequences(ids_MN: Tensor, labels_MN: Tensor, shard: SequenceShard) -> Sequences:
-    """This rank's zigzag slice of ids and labels: context-parallel slicing happens here and nowhere else."""
-    ids_MS, labels_MS = (zigzag_shard(x, 1, rank=shard.rank, size=shard.size).contiguous() for x in (ids_MN, labels_MN))
+    """This rank's slice of ids and labels: context-parallel slicing happens here and nowhere else."""
+    ids_MS, labels_MS = (shard.slice(x, 1).contiguous() for x in (ids_MN, labels_MN))
     return Sequences(ids_MS, labels_MS, shard)
 
 
@@ -157,27 +169,58 @@ def _report_nll_and_top1(both_SM: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor
 
 
 def long_nll(
-    model: Sequence[torch.nn.Module], rows_RN: Tensor, layout: Layout, *, micro_batch_size: int
+    model: Sequence[torch.nn.Module],
+    rows_RN: Tensor,
+    layout: Layout,
+    *,
+    micro_batch_size: int,
+    valid_RT: Tensor | None = None,
+    documents_D3: Tensor | None = None,
 ) -> Tensor | None:
     """NLL [R, N-1] fp32 of every target with its full context, forward only; None before the last pipeline stage.
 
     rows_RN: int64 on the device, R a multiple of micro_batch_size (and R / micro_batch_size of the pipeline size
-    under interleaving).
+    under interleaving). valid_RT, documents_D3: see `Batch`; of packed rows micro_batch_size is 1, and targets that do
+    not count get 0.
     """
-    batches = [long_sequences(rows, layout) for rows in rows_RN.split(micro_batch_size)]
+    batches = _micro_batches(rows_RN, layout, micro_batch_size, valid_RT, documents_D3)
     nlls = forward_nll(model, batches, layout)
     if not nlls:
         return None
-    return torch.cat([row_layout(layout).gather(nll_MS) for nll_MS in nlls])[:, :-1]
+    whole = [row_layout(layout, batch.shard.packed).gather(nll_MS) for batch, nll_MS in zip(batches, nlls, strict=True)]
+    return torch.cat(whole)[:, :-1]
 
 
 def long_nll_and_top1(
-    model: Sequence[torch.nn.Module], rows_RN: Tensor, layout: Layout, *, micro_batch_size: int
+    model: Sequence[torch.nn.Module],
+    rows_RN: Tensor,
+    layout: Layout,
+    *,
+    micro_batch_size: int,
+    valid_RT: Tensor | None = None,
+    documents_D3: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """`long_nll`, and [R, N-1] bool: whether the target is the model's first choice, which is the argmax of the whole
     vocabulary (of equal logits: any)."""
-    both = nll_and_top1(model, [long_sequences(rows, layout) for rows in rows_RN.split(micro_batch_size)], layout)
+    both = nll_and_top1(model, _micro_batches(rows_RN, layout, micro_batch_size, valid_RT, documents_D3), layout)
     return None if both is None else (both[0][:, :-1], both[1][:, :-1])
+
+
+def _micro_batches(
+    rows_RN: Tensor, layout: Layout, size: int, valid_RT: Tensor | None, documents_D3: Tensor | None
+) -> list[Sequences]:
+    batches = []
+    for first in range(0, len(rows_RN), size):
+        some = slice(first, first + size)
+        batches.append(
+            long_sequences(
+                rows_RN[some],
+                layout,
+                valid_RT=None if valid_RT is None else valid_RT[some],
+                documents_D3=None if documents_D3 is None else documents_D3[documents_D3[:, 0] == first],
+            )
+        )
+    return batches
 
 
 def nll_and_top1(
@@ -188,9 +231,9 @@ def nll_and_top1(
     reports = _forward_only(model, _top1_step, batches, layout)
     if not reports:
         return None
-    whole = row_layout(layout)
-    nll_RN = torch.cat([whole.gather(nll_MS) for nll_MS, _ in reports])
-    top1_RN = torch.cat([whole.gather(top1_MS.to(torch.uint8)) for _, top1_MS in reports])
+    rows = [row_layout(layout, batch.shard.packed) for batch in batches]
+    nll_RN = torch.cat([row.gather(nll_MS) for row, (nll_MS, _) in zip(rows, reports, strict=True)])
+    top1_RN = torch.cat([row.gather(top1_MS.to(torch.uint8)) for row, (_, top1_MS) in zip(rows, reports, strict=True)])
     return nll_RN, top1_RN.bool()
 
 
@@ -283,13 +326,16 @@ class ShortWindowForward:
         """Of which the micro-batches of a rank are: an interleaved pipeline wants as many as it has stages."""
         return self.layout.pp_size if self.layout.vpp_size and self.pipelined else 1
 
-    def short_nll(self, model: Sequence[torch.nn.Module], rows_RN: Tensor) -> Tensor | None:
+    def short_nll(
+        self, model: Sequence[torch.nn.Module], rows_RN: Tensor, documents_D3: Tensor | None = None
+    ) -> Tensor | None:
         """Short NLL [R, N-1] fp32 of whole rows, zero where no window scores the target; None before the last
         pipeline stage.
 
-        rows_RN: int64 on the device, the same on every rank of the replica. One forward-only pipeline pass for all
-        rows.
+        rows_RN: int64 on the device, the same on every rank of the replica; each is one document. One forward-only
+        pipeline pass for all rows.
         """
+        assert documents_D3 is None, "windows of packed rows are PackedWindowForward's"
         if not self.windows:
             return (
                 torch.zeros(len(rows_RN), self.seq_length - 1, device=rows_RN.device)
@@ -316,8 +362,7 @@ class ShortWindowForward:
         nlls = forward_nll(model, batches, self.layout, pipelined=self.pipelined)
         if not nlls:
             return None
-        local_positions = zigzag_positions(self.padded_length, rank=shard.rank, size=shard.size, device=rows_RN.device)
-        return row_layout(self.layout).sum_(laid_out.put_back(torch.cat(nlls), local_positions))
+        return row_layout(self.layout).sum_(laid_out.put_back(torch.cat(nlls), shard.positions(rows_RN.device)))
 
 
 def num_window_groups(num_windows: int, cp_size: int) -> int:

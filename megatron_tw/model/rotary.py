@@ -271,9 +271,13 @@ class ShardedRotaryEmbedding(RotaryEmbedding):
         return shard
 
     def forward(self, shard: SequenceShard, offset: int = 0, packed_seq: bool = False, cp_group=None) -> Tensor:  # type: ignore[no-untyped-def]
+        if shard.packed is not None:
+            return self._angles_at(shard.packed.within)
         return self._angles(shard.sequence_length, shard.rank, shard.size)
 
     def _compute_angles(self, sequence_length: int, rank: int, size: int) -> Tensor:
-        positions = zigzag_positions(sequence_length, rank=rank, size=size, device=self.inv_freq.device)
+        return self._angles_at(zigzag_positions(sequence_length, rank=rank, size=size, device=self.inv_freq.device))
+
+    def _angles_at(self, positions: Tensor) -> Tensor:
         angles = torch.outer(positions.float(), self.inv_freq)
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]

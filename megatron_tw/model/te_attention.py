@@ -8,7 +8,7 @@ from megatron.core import parallel_state
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from torch import Tensor
 
-from megatron_tw.model.sequence import SequenceShard
+from megatron_tw.model.sequence import SequenceShard, thd_params
 
 
 class ShardedTEAttention(TEDotProductAttention):
@@ -28,7 +28,12 @@ class ShardedTEAttention(TEDotProductAttention):
         if shard.cp_group is not getattr(self, "_active_group", self):
             self._use_group(shard.cp_group)
             self._active_group = shard.cp_group
-        return super().forward(query, key, value, attention_mask, *args, packed_seq_params=None, **kwargs)
+        if shard.packed is None:
+            return super().forward(query, key, value, attention_mask, *args, packed_seq_params=None, **kwargs)
+        query, key, value = (x.squeeze(1) for x in (query, key, value))  # [tokens, heads, head size]: THD
+        packed = thd_params(shard.packed)
+        out = super().forward(query, key, value, attention_mask, *args, packed_seq_params=packed, **kwargs)
+        return out.unsqueeze(1)
 
     def _use_group(self, group: dist.ProcessGroup | None) -> None:
         if group is None:

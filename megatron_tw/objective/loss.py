@@ -20,6 +20,7 @@ from megatron_tw.objective.report import StepReport
 from megatron_tw.objective.rows import WHOLE_ROWS, RowLayout
 from megatron_tw.objective.short_windows import IGNORED
 from megatron_tw.weighting import Scheme, check_finite, token_weights
+from megatron_tw.weighting import document_starts as starts_of
 
 ShortNLL = Tensor | Callable[[Tensor], Tensor] | None
 """[rows, targets] of whole rows; or a function that makes it from the long NLL [rows, targets]; or None, for schemes
@@ -71,6 +72,7 @@ def weighted_cross_entropy(
     row_ids: Tensor | None = None,
     seed: int = 0,
     document_starts: Tensor | None = None,
+    documents: Tensor | None = None,
     report: StepReport | None = None,
 ) -> WeightedLoss:
     """The weighted cross-entropy of softmax(hidden @ weight.T + bias); the logits never exist as a whole.
@@ -109,6 +111,7 @@ def weighted_cross_entropy(
         row_ids=row_ids,
         seed=seed,
         document_starts=document_starts,
+        documents=documents,
         report=report,
     )
 
@@ -125,6 +128,7 @@ def weighted_loss(
     row_ids: Tensor | None = None,
     seed: int = 0,
     document_starts: Tensor | None = None,
+    documents: Tensor | None = None,
     report: StepReport | None = None,
 ) -> WeightedLoss:
     """The weighted loss of per-token NLLs, with weights that are made from them.
@@ -141,7 +145,7 @@ def weighted_loss(
         scheme: see `WeightingConfig.preset`.
         labels: as `long_nll`; targets that are `ignore_index` are masked.
         valid: [rows, targets] bool of whole rows, the same on all ranks; others are masked. With neither, none is.
-        row_ids, seed, document_starts: see `token_weights`; of whole rows.
+        row_ids, seed, document_starts, documents: see `token_weights`; of whole rows.
         report: which statistics to make; None: none.
 
     Raises:
@@ -163,8 +167,17 @@ def weighted_loss(
     if valid is not None:
         valid_RT = valid.bool() if labelled_RL is None else valid_RT & valid.bool()
     short_RT = short_nll(long_RT) if callable(short_nll) else short_nll
+    if documents is not None and document_starts is None:
+        document_starts = starts_of(documents, (num_rows, num_targets)).to(long_RT.device)
     weights_RT = token_weights(
-        long_RT, short_RT, scheme, valid=valid_RT, row_ids=row_ids, seed=seed, document_starts=document_starts
+        long_RT,
+        short_RT,
+        scheme,
+        valid=valid_RT,
+        row_ids=row_ids,
+        seed=seed,
+        document_starts=document_starts,
+        documents=documents,
     )
     weights_RT = layout.same_on_tensor_ranks_(weights_RT)
     weights_RL, valid_RL = (
@@ -178,7 +191,9 @@ def weighted_loss(
         long_nll=long_RT,
         short_nll=short_RT,
         valid=valid_RT,
-        statistics=None if report is None else report.sums(valid_RT, long_RT, short_RT, weights_RT),
+        statistics=None
+        if report is None
+        else report.sums(valid_RT, long_RT, short_RT, weights_RT, document_starts, layout.packed),
     )
 
 

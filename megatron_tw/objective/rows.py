@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tw.objective.packed import PackedSequence
 from megatron_tw.objective.zigzag import unshard, zigzag_positions, zigzag_shard
 
 Slices = Literal["zigzag", "contiguous"]
@@ -34,6 +35,8 @@ class RowLayout:
     cp_slices: Slices = "zigzag"
     """Which positions rank r of the C ranks in `cp_group` has. `zigzag`: chunks r and 2C-1-r of 2C, as Megatron and
     Transformer Engine have them. `contiguous`: the r-th of C equal parts."""
+    packed: PackedSequence | None = None
+    """Of a batch of one packed row: its documents, each in zigzag; else None."""
 
     def __post_init__(self) -> None:
         if self.cp_slices not in get_args(Slices):
@@ -49,6 +52,8 @@ class RowLayout:
 
     def positions(self, length: int, device: torch.device | None = None) -> Tensor:
         """Positions [L] int64 of a row of `length` that this rank holds, in the order in which it holds them."""
+        if self.packed is not None:
+            return self.packed.positions()
         if self.cp_slices == "contiguous":
             return self.slice(torch.arange(length, device=device), 0)
         return zigzag_positions(length, rank=self.cp_rank, size=self.cp_size, device=device)
@@ -59,6 +64,8 @@ class RowLayout:
         Raises:
             ValueError: the positions do not split evenly.
         """
+        if self.packed is not None:
+            return self.packed.shard(whole, dim)
         if self.cp_slices == "zigzag" or self.cp_size == 1:
             return zigzag_shard(whole, dim, rank=self.cp_rank, size=self.cp_size)
         if whole.shape[dim] % self.cp_size:
@@ -77,6 +84,8 @@ class RowLayout:
             return local_RL
         shards = [torch.empty_like(local_RL, memory_format=torch.contiguous_format) for _ in range(self.cp_size)]
         dist.all_gather(shards, local_RL.contiguous(), group=self.cp_group)
+        if self.packed is not None:
+            return self.packed.unshard(shards, 1)
         return unshard(shards, 1) if self.cp_slices == "zigzag" else torch.cat(shards, 1)
 
     def sum_(self, rows_RT: Tensor) -> Tensor:

@@ -8,19 +8,20 @@ and on the model-parallel layout, not on the number of replicas.
 
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tw.config import check_packed
 from megatron_tw.config.scoring import ScoringConfig, check_scoring
+from megatron_tw.data.loader import read_batch
 from megatron_tw.data.progress import Progress
-from megatron_tw.data.rows import TokenRows, check_rows
+from megatron_tw.data.rows import TokenRows
 from megatron_tw.data.score_parts import ScoreParts, rows_per_part
 from megatron_tw.data.scores import ScoresHeader
 from megatron_tw.data.vocabulary import check_scorer_vocabulary
-from megatron_tw.model.forward import ShortWindowForward
 from megatron_tw.model.gpt import TokenWeightedGPT
+from megatron_tw.model.packed_windows import WindowForward, window_forward
 from megatron_tw.parallel.agree import raise_together
 from megatron_tw.parallel.contact import now_at
 from megatron_tw.parallel.layout import Layout
@@ -45,7 +46,8 @@ def score_tokens(config: ScoringConfig) -> Path:
     options, folder = config.scoring, config.scorer_folder
     with named("--data-path"):
         rows = TokenRows(options.data_path)
-        check_rows(rows, seq_length=rows.header.seq_length)
+        if rows.header.packing is not None:
+            check_packed("--data-path", rows.header.packing.multiple, config.parallel)
     seq_length = rows.header.seq_length
     windows = config.windows_of(seq_length)
     source = open_source(config.model, load=None, seq_length=seq_length)
@@ -82,8 +84,8 @@ def score_tokens(config: ScoringConfig) -> Path:
         if parts.check():  # another run ended while this one waited for the folder
             return parts.output
         layout, chunks = open_model(source, config.parallel, config.compute, device)
-        forward = ShortWindowForward.create(
-            seq_length,
+        forward = window_forward(
+            rows.header,
             windows.tokens,
             windows.stride,
             include_first=True,
@@ -106,7 +108,7 @@ def _score_parts(
     parts: ScoreParts,
     rows: TokenRows,
     chunks: list[TokenWeightedGPT],
-    forward: ShortWindowForward,
+    forward: WindowForward,
     layout: Layout,
     rows_at_once: int,
     device: torch.device,
@@ -124,8 +126,8 @@ def _score_parts(
             for start in range(first, last, rows_at_once):
                 now_at(f"scoring, row {start}")
                 index = range(start, min(start + rows_at_once, last))
-                tokens_RN = torch.from_numpy(np.stack([rows[row] for row in index])).to(device)
-                short_RT = forward.short_nll(chunks, tokens_RN)
+                batch = read_batch(rows, index)
+                short_RT = forward.short_nll(chunks, batch.tokens.to(device), batch.documents)
                 if short_RT is not None:
                     _check_finite(short_RT, index)
                     nlls.append(short_RT.cpu())

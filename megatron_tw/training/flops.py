@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 from megatron_tw.config import RunConfig
 from megatron_tw.model.architecture import Architecture
-from megatron_tw.model.flops import model_flops, step_work
+from megatron_tw.model.flops import Work, model_flops, step_work
 from megatron_tw.parallel.gpus import Gpu
-from megatron_tw.training.scorers import Scorer
 
 
 @dataclass(frozen=True)
@@ -16,12 +15,14 @@ class StepFlops:
     architecture: Architecture
     config: RunConfig
 
-    def of_step(self, rows: int, loss_rows: float, scorer: Scorer | None) -> dict[str, float]:
+    def of_step(
+        self, rows: int, *, loss_rows: float, labelled_rows: float, attended: float, scoring: Work | None
+    ) -> dict[str, float]:
         """Metrics, of all ranks. model_flops: forward and backward of the step's rows, with causal attention counted
-        half. hardware_flops: what the step really did, with scoring and layers run again, and without the targets
-        whose weight is zero in the loss's backward pass.
+        half, and in packed rows inside the documents. hardware_flops: what the step really did, with scoring and layers
+        run again, and without the targets whose weight is zero in the loss's backward pass.
 
-        loss_rows: see StepReport.metrics. scorer: None where the step was not scored.
+        loss_rows, labelled_rows, attended: see StepReport.metrics. scoring: None where the step was not scored.
         """
         config = self.config
         assert config.activations.loss_keep_logits_mib is not None
@@ -35,10 +36,12 @@ class StepFlops:
             activations=config.activations,
             keep_logits_mib=config.activations.loss_keep_logits_mib,
             loss_rows=loss_rows,
-            scoring=scorer.work(rows) if scorer is not None else None,
+            labelled_rows=labelled_rows,
+            attended=attended,
+            scoring=scoring,
         )
         return {
-            "model_flops": model_flops(self.architecture, rows, config.data.seq_length),
+            "model_flops": model_flops(self.architecture, rows, config.data.seq_length, attended),
             "hardware_flops": work.total,
         }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_tw.config import RunConfig, check_config, check_own_windows, data_parallel_size
+from megatron_tw.config import RunConfig, check_config, check_own_windows, check_packed, data_parallel_size
 from megatron_tw.data.blend import Blend
 from megatron_tw.data.rows import TOKENIZER_DIR, TokenRows
 from megatron_tw.evaluation.ruler.scoring import Work
@@ -76,6 +76,15 @@ def open_inputs(config: RunConfig) -> Inputs:
     if config.data.valid_data_path is not None:
         valid_rows = open_rows("--valid-data-path", config.data.valid_data_path, source, config.data.seq_length)
         _check_same_tokenizer(valid_rows, folders[0])
+    for option, opened in (*(("--data-path", folder) for folder in folders), ("--valid-data-path", valid_rows)):
+        if opened is not None and opened.header.packing is not None:
+            check_packed(
+                option,
+                opened.header.packing.multiple,
+                config.parallel,
+                micro_batch_size=config.train.micro_batch_size,
+                fp8_format=config.kernels.fp8_format,
+            )
     settings = Settings.decide(
         config,
         rows=folders[0],

@@ -299,6 +299,11 @@ class Run:
             f"{rows} rows of {config.data.seq_length} tokens, {train.train_iters} steps of "
             f"{settings.global_batch_size}: {train.train_iters * settings.global_batch_size / rows:.2f} epochs",
         ]
+        packings = [part.header.packing for part in self.inputs.rows.parts if part.header.packing is not None]
+        if packings:
+            padding = sum(packing.padding_tokens for packing in packings) / (rows * config.data.seq_length)
+            documents = sum(packing.documents for packing in packings)
+            lines.append(f"  packed: {documents} documents, {padding:.1%} of the tokens are padding")
         lines += self._describe_folders()
         schedule = config.weighting.weighting_schedule
         weighting = f"weighting {config.weighting.weighting}" if schedule is None else f"weighting {schedule}"

@@ -22,7 +22,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from megatron_tw.data.loader import Batch
+from megatron_tw.data.loader import Batch, documents_of
+from megatron_tw.model.flops import Work
 from megatron_tw.model.forward import Sequences, call_model, long_sequences, row_layout, run_schedule
 from megatron_tw.objective import ShortNLL, StepReport, weighted_loss
 from megatron_tw.parallel.devices import Device, synchronize
@@ -31,7 +32,7 @@ from megatron_tw.runtime.clock import Clock
 from megatron_tw.training.bad_steps import BadSteps, on_any_rank
 from megatron_tw.training.flops import StepFlops
 from megatron_tw.training.scorers import Scorer
-from megatron_tw.weighting import Scheme, check_finite
+from megatron_tw.weighting import Scheme, check_finite, document_starts
 from megatron_tw.weighting.schedule import WeightingSchedule
 
 
@@ -43,6 +44,10 @@ class StepBatch:
     row_index_M: Tensor
     valid_MT: Tensor
     short_nll_MT: Tensor | None
+    documents_D3: Tensor | None = None
+    """Of packed rows, see `Batch.documents`."""
+    starts_MT: Tensor | None = None
+    """And the position where the document of each target begins, on the device."""
 
 
 @dataclass(kw_only=True)
@@ -77,8 +82,9 @@ class TrainingStep:
         the same size.
 
         Returns metrics on every rank: those of `StepReport.metrics`; grad_norm (before clipping), learning_rate,
-        scoring_seconds, step_seconds, tokens; model_flops and hardware_flops, of all ranks; skipped_steps, of the whole
-        run; skipped, why this step made no update, None where it did.
+        scoring_seconds, step_seconds, tokens, masked_targets (that do not count, padding included); model_flops and
+        hardware_flops, of all ranks; skipped_steps, of the whole run; skipped, why this step made no update, None where
+        it did.
 
         Raises:
             BadStepError: it is bad, and ends the run; the weights are as they were. On every rank.
@@ -103,7 +109,8 @@ class TrainingStep:
         )
         scored = self.scorer is not None and weighting.needs_scorer
         metrics = self.report.metrics(self._sum_over_run(reports), scored=scored)
-        nonfinite, rows, loss_rows = (metrics.pop(name) for name in ("nonfinite", "rows", "loss_rows"))
+        nonfinite, rows, targets = (metrics.pop(name) for name in ("nonfinite", "rows", "targets"))
+        cost = {name: metrics.pop(name) for name in ("loss_rows", "labelled_rows", "attended")}
         why = self._nonfinite() if nonfinite else self.bad_steps.too_high(metrics["lm_loss"])
         why = on_any_rank(why, self.device.device)
         learning_rate, grad_norm = self.scheduler.get_lr(self.optimizer.param_groups[0]), math.nan
@@ -121,7 +128,8 @@ class TrainingStep:
             "grad_norm": float(grad_norm),
             "learning_rate": learning_rate,
             "tokens": rows * batches[0].tokens.shape[1],
-            **self.flops.of_step(int(rows), loss_rows, self.scorer if scored else None),
+            "masked_targets": int(rows * self.report.num_targets - targets),
+            **self.flops.of_step(int(rows), scoring=self._scoring_work(int(rows), batches) if scored else None, **cost),
             "scoring_seconds": scoring_seconds,
             "step_seconds": time.perf_counter() - started,
             "skipped_steps": self.bad_steps.skipped,
@@ -136,24 +144,36 @@ class TrainingStep:
         short_RT = None
         if self.scorer is not None and weighting.needs_scorer:
             with self.clock.part("scoring"):
-                short_RT = self.scorer.short_nll(rows_RN, row_index_R)
+                short_RT = self.scorer.short_nll(rows_RN, row_index_R, documents_of(batches))
             synchronize()
         prepared = []
         for index, (batch, rows_MN) in enumerate(zip(batches, rows_RN.split(size), strict=True)):
-            valid = (
-                torch.ones_like(rows_MN[:, 1:], dtype=torch.bool)
-                if batch.valid is None
-                else batch.valid.to(rows_MN.device)
-            )
+            valid_MT = None if batch.valid is None else batch.valid.to(rows_MN.device)
+            documents_D3, starts_MT = batch.documents, None
+            if documents_D3 is not None:
+                starts_MT = document_starts(documents_D3, (size, self.report.num_targets)).to(rows_MN.device)
             prepared.append(
                 StepBatch(
-                    long_sequences(rows_MN, self.layout),
+                    long_sequences(rows_MN, self.layout, valid_RT=valid_MT, documents_D3=documents_D3),
                     batch.row_index.to(rows_MN.device),
-                    valid,
+                    torch.ones_like(rows_MN[:, 1:], dtype=torch.bool) if valid_MT is None else valid_MT,
                     None if short_RT is None else short_RT[index * size : (index + 1) * size],
+                    documents_D3,
+                    starts_MT,
                 )
             )
         return prepared
+
+    def _scoring_work(self, rows: int, batches: Sequence[Batch]) -> Work:
+        """FLOPs of scoring the step's `rows` rows, on all ranks."""
+        assert self.scorer is not None
+        documents_D3 = documents_of(batches)
+        work = self.scorer.work(rows, documents_D3)
+        if documents_D3 is None:
+            return work
+        both = torch.tensor([work.gemm, work.attention], dtype=torch.float64, device=self.device.device)
+        dist.all_reduce(both, group=self.layout.dp_group)  # each replica's documents are its own
+        return Work(*both.tolist())
 
     def _forward_step(
         self, weighting: Scheme, iterator: Iterator[StepBatch], model: torch.nn.Module
@@ -167,15 +187,17 @@ class TrainingStep:
         short_nll: ShortNLL = None
         if batch.short_nll_MT is not None:
             assert self.scorer is not None
-            short_nll = partial(self.scorer.complete, batch.short_nll_MT)
+            short_nll = partial(self.scorer.complete, batch.short_nll_MT, document_starts_RT=batch.starts_MT)
         loss = weighted_loss(
             nll_SM,
             short_nll,
             weighting,
             valid=batch.valid_MT,
-            layout=row_layout(self.layout),
+            layout=row_layout(self.layout, batch.sequences.shard.packed),
             row_ids=batch.row_index_M,
             seed=self.seed,
+            document_starts=batch.starts_MT,
+            documents=batch.documents_D3,
             report=self.report,
         )
         self._seen.append((batch, loss.long_nll, loss.short_nll))

@@ -12,6 +12,7 @@ from megatron_tw.config import RunConfig
 from megatron_tw.data.rows import TokenRows
 from megatron_tw.evaluation.loss import nll_of_rows
 from megatron_tw.evaluation.position import mean_nll, nll_by_position, position_edges
+from megatron_tw.evaluation.targets import RowTargets
 from megatron_tw.parallel.devices import Device
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.training.settings import Settings
@@ -23,6 +24,7 @@ class Validation:
 
     rows: TokenRows
     num_rows: int
+    targets: RowTargets
     interval: int
     micro_batch_size: int
     edges: tuple[int, ...]
@@ -43,6 +45,7 @@ class Validation:
         return Validation(
             rows=rows,
             num_rows=num_rows,
+            targets=RowTargets.of_rows(rows, num_rows),
             interval=train.eval_interval,
             micro_batch_size=train.micro_batch_size,
             edges=position_edges(config.data.seq_length, old_context=settings.old_context),
@@ -68,22 +71,26 @@ class Validation:
             what="validating",
             keep_bar=False,
         )
-        means = torch.full((len(self.edges),), torch.nan, dtype=torch.float64, device=self.device.device)
-        if nlls is not None:
-            assert nlls.long is not None
-            nll_RT = nlls.long.numpy()
-            mask_RT = np.ones_like(nll_RT, dtype=bool)
-            buckets = nll_by_position(nll_RT, mask_RT, self.edges)
-            means = means.new_tensor([mean_nll(nll_RT, mask_RT), *(bucket.nll for bucket in buckets)])
+        mask_RT, position_RT = self.targets.valid, self.targets.position
+        nll_RT = np.zeros(mask_RT.shape, np.float32) if nlls is None or nlls.long is None else nlls.long.numpy()
+        buckets = nll_by_position(nll_RT, mask_RT, self.edges, position_RT=position_RT)
+        found = [mean_nll(nll_RT, mask_RT), *(bucket.nll for bucket in buckets)]
+        means = torch.tensor([torch.nan if mean is None else mean for mean in found], dtype=torch.float64)
+        means = means.to(self.device.device)
         if layout.pp_size > 1:
             dist.broadcast(means, layout.last_stage_rank, group=layout.pp_group)
-        mean, *by_bucket = means.tolist()
+        mean, *of_buckets = means.tolist()
         if not np.isfinite(mean):
             raise ValueError(f"--valid-data-path {self.rows.path}: the model's mean NLL there is {mean}")
         return {
             "valid_lm_loss": mean,
             "valid_by_position": [
-                {"first": low, "last": high - 1, "targets": self.num_rows * (high - low), "lm_loss": nll}
-                for low, high, nll in zip(self.edges, self.edges[1:], by_bucket, strict=False)
+                {
+                    "first": bucket.first,
+                    "last": bucket.last,
+                    "targets": bucket.targets,
+                    "lm_loss": nll if bucket.targets else None,
+                }
+                for bucket, nll in zip(buckets, of_buckets, strict=True)
             ],
         }

@@ -6,6 +6,8 @@ Shape suffixes: R rows, T targets of a row (a row of N tokens has N - 1).
 import torch
 from torch import Tensor
 
+from megatron_tw.weighting.documents import document_starts as starts_of
+from megatron_tw.weighting.documents import weights_by_document
 from megatron_tw.weighting.schemes import Scheme, Targets
 
 
@@ -19,8 +21,10 @@ def token_weights(
     row_ids: Tensor | None = None,
     seed: int = 0,
     document_starts: Tensor | None = None,
+    documents: Tensor | None = None,
 ) -> Tensor:
-    """Weights of all targets of whole rows, as `scheme` says. A row's weights depend on that row alone.
+    """Weights of all targets of whole rows, as `scheme` says. A row's weights depend on that row alone; of packed rows,
+    a document's on that document alone (EXACT: on the lengths in its row, as published).
 
     Masked targets get 0 and do not count in a row's length, normalization, top kappa or buckets; a row without a valid
     target gets zeros. Under `l1` a row of zero scores gets uniform weights. Scores are worked on in fp64.
@@ -33,6 +37,7 @@ def token_weights(
         seed: of the tie-break.
         document_starts: [rows, targets] int64, the position in the row where the document of each target's token begins
             (exact only); None: every row is one document.
+        documents: of packed rows; see documents.py. It says what `document_starts` says, and more.
 
     Returns:
         [rows, targets] fp32, detached.
@@ -47,6 +52,8 @@ def token_weights(
             "`short_nll`: expected the scorer's NLLs, which this scheme compares with `long_nll`, got None"
         )
     row_ids = torch.arange(len(long_nll)) if row_ids is None else row_ids
+    if documents is not None and document_starts is None:
+        document_starts = starts_of(documents, (len(long_nll), long_nll.shape[1])).to(long_nll.device)
     targets = Targets(
         # Whatever stands at masked targets, NaN included, must not reach a sum.
         long_RT=torch.where(valid_RT, long_nll.double(), 0.0),
@@ -56,7 +63,10 @@ def token_weights(
         seed=seed,
         document_starts_RT=document_starts,
     )
-    weights_RT = scheme.weights(targets)
+    if documents is not None and scheme.by_document:
+        weights_RT = weights_by_document(scheme.weights, targets, documents)
+    else:
+        weights_RT = scheme.weights(targets)
     if weights_RT.shape != valid_RT.shape:
         raise ValueError(
             f"{type(scheme).__name__}.weights: expected one weight for each target, {list(valid_RT.shape)}, got "
@@ -65,14 +75,17 @@ def token_weights(
     return torch.where(valid_RT, weights_RT, 0.0).float()
 
 
-def unfrozen_short_nll(long_nll: Tensor, short_nll: Tensor, window: int) -> Tensor:
+def unfrozen_short_nll(
+    long_nll: Tensor, short_nll: Tensor, window: int, document_starts: Tensor | None = None
+) -> Tensor:
     """Short NLL of an unfrozen scorer, detached: targets 1 .. n take the long NLL (score 0), later ones `short_nll`.
 
     All are [rows, targets]. Up to target n - 1 the short window is the whole context; the method counts n in, though
-    window 1 reaches it.
+    window 1 reaches it. document_starts: see `token_weights`; targets are counted from there.
     """
-    in_window_T = torch.arange(1, long_nll.shape[1] + 1, device=long_nll.device) <= window
-    return torch.where(in_window_T, long_nll.detach(), short_nll.detach())
+    position_T = torch.arange(1, long_nll.shape[1] + 1, device=long_nll.device)
+    in_window = (position_T if document_starts is None else position_T - document_starts) <= window
+    return torch.where(in_window, long_nll.detach(), short_nll.detach())
 
 
 def check_finite(

@@ -122,7 +122,7 @@ def read_recall(file: Path | None, evaluations: Evaluations, comparison: Compari
 
 
 def read_row(folder: Path, result: EvaluationResult, index: int) -> Row:
-    """The text of a row of the dataset that was evaluated.
+    """The text of a row of the dataset that was evaluated; of packed rows, of a document.
 
     Raises:
         ValueError: another dataset, or one without a tokenizer.
@@ -133,7 +133,13 @@ def read_row(folder: Path, result: EvaluationResult, index: int) -> Row:
     if rows.header.tokenizer is None:
         raise ValueError(f"--rows {folder}: made from ready ids: without a tokenizer there is no text to show")
     tokenizer = load_tokenizer(folder / TOKENIZER_DIR)
-    return Row.of([int(token) for token in rows[int(result.row_index[index])]], tokenizer)
+    if rows.header.packing is None:
+        return Row.of(rows[int(result.row_index[index])].tolist(), tokenizer)
+    row, start = divmod(int(result.row_index[index]), rows.header.seq_length)  # the document: RowTargets.names
+    read = rows.read(row)
+    assert read.documents is not None
+    tokens = int(dict(read.documents.tolist())[start])
+    return Row.of(read.tokens[start : start + tokens].tolist(), tokenizer)
 
 
 def row_number(result: EvaluationResult, row: int) -> int:

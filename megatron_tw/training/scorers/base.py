@@ -13,9 +13,9 @@ from megatron_tw.config import RunConfig, ScorerConfig, ShortWindows, check_own_
 from megatron_tw.config.options import flag
 from megatron_tw.data.blend import Blend
 from megatron_tw.model.architecture import Architecture
-from megatron_tw.model.flops import Work, scoring_work
-from megatron_tw.model.forward import ShortWindowForward
+from megatron_tw.model.flops import Work, packed_scoring_work, scoring_work
 from megatron_tw.model.gpt import TokenWeightedGPT
+from megatron_tw.model.packed_windows import PackedWindowForward, WindowForward, window_forward
 from megatron_tw.parallel.devices import Device
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.runtime.source import ModelSource
@@ -63,18 +63,21 @@ class Scorer(ABC):
         return
 
     @abstractmethod
-    def short_nll(self, rows_RN: Tensor, row_index_R: Tensor) -> Tensor | None:
+    def short_nll(self, rows_RN: Tensor, row_index_R: Tensor, documents_D3: Tensor | None = None) -> Tensor | None:
         """Short NLL [R, T] fp32 before the step; None before the last pipeline stage. Collective over the replica.
 
-        rows_RN: int64 on the device. row_index_R: the rows' places in the data set, on the CPU.
+        rows_RN: int64 on the device. row_index_R: the rows' places in the data set, on the CPU. documents_D3: of packed
+        rows, see `Batch.documents`; None: each row is one document.
         """
 
-    def complete(self, short_RT: Tensor, long_RT: Tensor) -> Tensor:
-        """Short NLL of all targets, once the long NLL is known."""
+    def complete(self, short_RT: Tensor, long_RT: Tensor, document_starts_RT: Tensor | None = None) -> Tensor:
+        """Short NLL of all targets, once the long NLL is known. document_starts_RT: of packed rows, see
+        `token_weights`."""
         return short_RT
 
-    def work(self, rows: int) -> Work:
-        """FLOPs of `short_nll` for the `rows` rows of a step, on all ranks."""
+    def work(self, rows: int, documents_D3: Tensor | None = None) -> Work:
+        """FLOPs of `short_nll` for the `rows` rows of a step, on all ranks; for packed rows, for the given documents of
+        this replica, on its ranks."""
         return Work()
 
     def after_update(self) -> None:
@@ -171,8 +174,13 @@ def open_scorer(inputs: ScorerInputs) -> ScorerMaker:
     return partial(kind.create, inputs)
 
 
-def work_of_windows(windows: ShortWindowForward, architecture: Architecture, rows: int, inputs: ScorerInputs) -> Work:
-    """FLOPs of a step's `rows` rows in short windows by a model of this architecture, on all ranks."""
+def work_of_windows(
+    windows: WindowForward, architecture: Architecture, rows: int, documents_D3: Tensor | None, inputs: ScorerInputs
+) -> Work:
+    """`Scorer.work` of short windows by a model of this architecture."""
+    if isinstance(windows, PackedWindowForward):
+        assert documents_D3 is not None
+        return packed_scoring_work(architecture, windows, documents_D3)
     return scoring_work(
         architecture,
         windows.windows,
@@ -186,11 +194,11 @@ def work_of_windows(windows: ShortWindowForward, architecture: Architecture, row
 
 def short_window_forward(
     inputs: ScorerInputs, trained: TrainedModel, *, include_first: bool, pipelined: bool = True
-) -> ShortWindowForward:
+) -> WindowForward:
     """The short-window forward of this run's rows (see `ShortWindowForward.create`). Collective over the world."""
     windows = inputs.windows
-    return ShortWindowForward.create(
-        inputs.config.data.seq_length,
+    return window_forward(
+        inputs.rows.header,
         windows.tokens,
         windows.stride,
         include_first=include_first,

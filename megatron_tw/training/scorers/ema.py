@@ -10,8 +10,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import Tensor
 
 from megatron_tw.model.flops import Work
-from megatron_tw.model.forward import ShortWindowForward
 from megatron_tw.model.gpt import TokenWeightedGPT
+from megatron_tw.model.packed_windows import WindowForward
 from megatron_tw.training.scorers.base import (
     Scorer,
     ScorerInputs,
@@ -31,7 +31,7 @@ class EmaScorer(Scorer):
     the weights' place, in their dtype.
     """
 
-    windows: ShortWindowForward
+    windows: WindowForward
     model: Sequence[torch.nn.Module]
     chunks: Sequence[TokenWeightedGPT]
     decay: float
@@ -56,12 +56,13 @@ class EmaScorer(Scorer):
         parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
         self.average = {parameter: parameter.detach().float().clone() for parameter in parameters}
 
-    def short_nll(self, rows_RN: Tensor, row_index_R: Tensor) -> Tensor | None:
+    def short_nll(self, rows_RN: Tensor, row_index_R: Tensor, documents_D3: Tensor | None = None) -> Tensor | None:
         with self._in_place_of_the_weights():
-            return self.windows.short_nll(self.model, rows_RN)
+            return self.windows.short_nll(self.model, rows_RN, documents_D3)
 
-    def work(self, rows: int) -> Work:
-        return work_of_windows(self.windows, self.inputs.source.architecture, rows, self.inputs)
+    def work(self, rows: int, documents_D3: Tensor | None = None) -> Work:
+        architecture = self.inputs.source.architecture
+        return work_of_windows(self.windows, architecture, rows, documents_D3, self.inputs)
 
     @torch.no_grad()
     def after_update(self) -> None:

@@ -16,9 +16,9 @@ from megatron_tw.data.vocabulary import check_scorer_vocabulary
 from megatron_tw.model.architecture import Architecture, read_architecture
 from megatron_tw.model.build import build_model, load_hf
 from megatron_tw.model.flops import Work
-from megatron_tw.model.forward import ShortWindowForward
 from megatron_tw.model.gpt import TokenWeightedGPT
 from megatron_tw.model.huggingface import SafetensorsFolder
+from megatron_tw.model.packed_windows import WindowForward
 from megatron_tw.parallel.agree import raise_together
 from megatron_tw.parallel.devices import Device
 from megatron_tw.parallel.layout import Layout
@@ -98,7 +98,7 @@ class CachedFrozenScorer(Scorer):
     def load(folders: Sequence[str], inputs: ScorerInputs, trained: TrainedModel) -> "CachedFrozenScorer":
         return CachedFrozenScorer([ScoreRows(folder) for folder in folders], inputs.rows, trained.layout)
 
-    def short_nll(self, rows_RN: Tensor, row_index_R: Tensor) -> Tensor | None:
+    def short_nll(self, rows_RN: Tensor, row_index_R: Tensor, documents_D3: Tensor | None = None) -> Tensor | None:
         if not self.layout.is_last_stage:
             return None
         nlls = []
@@ -117,7 +117,7 @@ class LiveFrozenScorer(Scorer):
     """A fixed second model, on the ranks of the last pipeline stage (None elsewhere), sharded over their tensor- and
     context-parallel groups."""
 
-    windows: ShortWindowForward
+    windows: WindowForward
     model: list[TokenWeightedGPT] | None
     architecture: Architecture
     inputs: ScorerInputs
@@ -171,11 +171,11 @@ class LiveFrozenScorer(Scorer):
             parameter.requires_grad_(False)
         return LiveFrozenScorer(windows, model, architecture, inputs)
 
-    def short_nll(self, rows_RN: Tensor, row_index_R: Tensor) -> Tensor | None:
-        return None if self.model is None else self.windows.short_nll(self.model, rows_RN)
+    def short_nll(self, rows_RN: Tensor, row_index_R: Tensor, documents_D3: Tensor | None = None) -> Tensor | None:
+        return None if self.model is None else self.windows.short_nll(self.model, rows_RN, documents_D3)
 
-    def work(self, rows: int) -> Work:
-        return work_of_windows(self.windows, self.architecture, rows, self.inputs)
+    def work(self, rows: int, documents_D3: Tensor | None = None) -> Work:
+        return work_of_windows(self.windows, self.architecture, rows, documents_D3, self.inputs)
 
 
 def unpipelined(parallel: ParallelConfig) -> ParallelConfig:

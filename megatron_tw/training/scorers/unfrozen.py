@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_tw.config import check_own_windows
 from megatron_tw.model.flops import Work
-from megatron_tw.model.forward import ShortWindowForward
+from megatron_tw.model.packed_windows import WindowForward
 from megatron_tw.training.scorers.base import (
     Scorer,
     ScorerInputs,
@@ -25,7 +25,7 @@ from megatron_tw.weighting import unfrozen_short_nll
 class UnfrozenScorer(Scorer):
     """The model in training, limited to short windows of `window` tokens."""
 
-    windows: ShortWindowForward
+    windows: WindowForward
     model: Sequence[torch.nn.Module]
     window: int
     inputs: ScorerInputs
@@ -39,11 +39,12 @@ class UnfrozenScorer(Scorer):
         windows = short_window_forward(inputs, trained, include_first=False)
         return UnfrozenScorer(windows, trained.model, inputs.windows.tokens, inputs)
 
-    def short_nll(self, rows_RN: Tensor, row_index_R: Tensor) -> Tensor | None:
-        return self.windows.short_nll(self.model, rows_RN)
+    def short_nll(self, rows_RN: Tensor, row_index_R: Tensor, documents_D3: Tensor | None = None) -> Tensor | None:
+        return self.windows.short_nll(self.model, rows_RN, documents_D3)
 
-    def work(self, rows: int) -> Work:
-        return work_of_windows(self.windows, self.inputs.source.architecture, rows, self.inputs)
+    def work(self, rows: int, documents_D3: Tensor | None = None) -> Work:
+        architecture = self.inputs.source.architecture
+        return work_of_windows(self.windows, architecture, rows, documents_D3, self.inputs)
 
-    def complete(self, short_RT: Tensor, long_RT: Tensor) -> Tensor:
-        return unfrozen_short_nll(long_RT, short_RT, self.window)
+    def complete(self, short_RT: Tensor, long_RT: Tensor, document_starts_RT: Tensor | None = None) -> Tensor:
+        return unfrozen_short_nll(long_RT, short_RT, self.window, document_starts_RT)

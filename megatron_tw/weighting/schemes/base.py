@@ -39,11 +39,13 @@ class Scheme(ABC):
 
     options: fields of WeightingOptions beside the numbers that it can be made with. refusals: what to say of some that
     it cannot, where there is more to say than that. when_none: what a number counts as in a move while it is None.
+    by_document: of packed rows it gets every document as a row of its own; else rows, and where their documents begin.
     """
 
     options: ClassVar[frozenset[str]] = frozenset()
     refusals: ClassVar[Mapping[str, str]] = {}
     when_none: ClassVar[Mapping[str, float]] = {}
+    by_document: ClassVar[bool] = True
 
     @abstractmethod
     def weights(self, targets: Targets) -> Tensor:

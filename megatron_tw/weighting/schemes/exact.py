@@ -1,6 +1,7 @@
 """EXACT (arXiv 2605.10544): weights from the length of a target's context alone."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ class ExactConfig(Scheme):
     """Least context in tokens of the tail; published: 1024, 2048, 4096 for rows of 4096, 8192, 16384 tokens."""
     eps: float = 1e-8
     """Added to a share before the power."""
+
+    by_document: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_number("alpha", self.alpha, at_least=0.0, optional=False)
