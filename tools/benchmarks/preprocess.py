@@ -4,8 +4,9 @@
 
 The library's own speed is that of `encode_batch_fast` (its fastest call: no offsets) of the same documents, already
 read, on one thread. Ours counts everything: reading, decoding JSON, tokenizing, cutting, digests, writing, in all
-processes. The ratios are of bytes of text for each second of processor time, which others on the machine disturb less
-than the clock; wall times stand beside them. Each is the best of some rounds, which take turns.
+processes; but not what the same command takes for one short document, which is the start of the processes and told
+apart. Seconds are of processors, which others on the machine disturb less than the clock; ratios by the clock stand
+beside them. Library and ours take turns; a ratio is the median of those of the rounds.
 """
 
 import argparse
@@ -18,7 +19,9 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import median
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread, before the library is loaded
 
@@ -38,10 +41,8 @@ class Speed:
     processor: float
     wall: float
 
-    def best(self, other: "Speed | None") -> "Speed":
-        if other is None:
-            return self
-        return Speed(min(self.processor, other.processor), min(self.wall, other.wall))
+    def minus(self, other: "Speed") -> "Speed":
+        return Speed(self.processor - other.processor, self.wall - other.wall)
 
 
 def processor_seconds() -> float:
@@ -103,34 +104,44 @@ def main(argv: Sequence[str]) -> None:
     texts = texts_of(options.input, options.megabytes)
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     tokenizer = Tokenizer.from_file(str(options.tokenizer / "tokenizer.json"))
-    library: Speed | None = None
-    ours: dict[int, Speed] = {}
+    library: list[Speed] = []
+    starts: dict[int, list[Speed]] = {workers: [] for workers in options.workers}
+    ours: dict[int, list[Speed]] = {workers: [] for workers in options.workers}
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "documents.jsonl"
+        source, one = Path(folder) / "documents.jsonl", Path(folder) / "one.jsonl"
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        one.write_text(json.dumps({"text": texts[0][:1000]}) + "\n")
+
+        def prepare(file: Path, workers: int, seq_length: int) -> None:
+            output = Path(folder) / "rows"
+            prepare_rows(
+                [file],
+                output,
+                seq_length=seq_length,
+                tokenizer=options.tokenizer,
+                bos_id=options.bos_id,
+                workers=workers,
+            )
+            shutil.rmtree(output)
+
+        prepare(one, 1, 16)  # imports
         for _ in range(ROUNDS):
-            library = timed(lambda: library_alone(tokenizer, texts)).best(library)
+            library.append(timed(lambda: library_alone(tokenizer, texts)))
             for workers in options.workers:
-                output = Path(folder) / f"rows_{workers}"
-                ours[workers] = timed(
-                    lambda output=output, workers=workers: prepare_rows(  # type: ignore[misc]
-                        [source],
-                        output,
-                        seq_length=options.seq_length,
-                        tokenizer=options.tokenizer,
-                        bos_id=options.bos_id,
-                        workers=workers,
-                    )
-                ).best(ours.get(workers))
-                shutil.rmtree(output)
-    assert library is not None
+                start = timed(partial(prepare, one, workers, 16))
+                starts[workers].append(start)
+                ours[workers].append(timed(partial(prepare, source, workers, options.seq_length)).minus(start))
     print(f"{processor_name()}; {len(texts)} documents, {megabytes:.1f} MB, rows of {options.seq_length} tokens")
-    print(f"the library alone, one thread: {megabytes / library.processor:.2f} MB a processor second")
-    for workers, speed in ours.items():
+    print(
+        f"the library alone, one thread: {megabytes / min(one.processor for one in library):.2f} MB a processor second"
+    )
+    for workers, found in ours.items():
+        pairs = list(zip(library, found, strict=True))
+        a_core = [alone.processor / speed.processor for alone, speed in pairs]
+        by_the_clock = median(alone.wall / speed.wall for alone, speed in pairs)
         print(
-            f"--workers {workers}: {megabytes / speed.processor:.2f} MB a processor second, "
-            f"{library.processor / speed.processor:.2f} of the library; by the clock "
-            f"{megabytes / speed.wall:.2f} MB/s, {library.wall / speed.wall:.2f} of it"
+            f"--workers {workers}: {median(a_core):.2f} of it a core (rounds: {min(a_core):.2f} to {max(a_core):.2f}), "
+            f"{by_the_clock:.2f} by the clock; start {median(one.processor for one in starts[workers]):.1f} s"
         )
 
 
