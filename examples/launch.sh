@@ -3,7 +3,8 @@
 # scripts beside this file call it.
 #
 # NPROC_PER_NODE is the number of ranks a node (default: its GPUs, else 1). Several nodes: under Slurm by srun with one
-# task a node; by hand with NNODES, NODE_RANK and MASTER_ADDR.
+# task a node; by hand with NNODES, NODE_RANK and MASTER_ADDR. MAX_RESTARTS, for one node: how often ranks that died are
+# started again.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 fail() { echo "error: $1" >&2; exit 2; }
@@ -22,8 +23,9 @@ nodes="${NNODES:-${SLURM_NNODES:-1}}"
 
 [ "${SLURM_LOCALID:-0}" = 0 ] || fail "srun: expected --ntasks-per-node 1, this is task $SLURM_LOCALID of its node"
 if [ "$nodes" = 1 ]; then
-    rendezvous=(--standalone)
+    rendezvous=(--standalone --max-restarts "${MAX_RESTARTS:-0}")
 else
+    [ "${MAX_RESTARTS:-0}" = 0 ] || fail "MAX_RESTARTS: is for one node; on $nodes start the same commands again"
     node="${NODE_RANK:-${SLURM_NODEID:-}}"
     [ -n "$node" ] || fail "NODE_RANK: expected the number of this node, of $nodes; under Slurm start with srun"
     address="${MASTER_ADDR:-}"
@@ -37,5 +39,5 @@ else
 fi
 # A scheduler's SIGTERM: what a step and its checkpoint may take before the launcher kills its ranks, in seconds.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
-train="$(dirname "$here")/tools/train.py"
-exec "$python" -m torch.distributed.run --nproc-per-node "$ranks" "${rendezvous[@]}" "$train" --config "$recipe" "$@"
+tools="$(dirname "$here")/tools"
+exec "$python" "$tools/launch.py" --nproc-per-node "$ranks" "${rendezvous[@]}" "$tools/train.py" --config "$recipe" "$@"

@@ -1,25 +1,28 @@
-"""Jobs killed at random moments and started again with the same command: the same run, bit for bit, as one without
-faults; and what is left of a dead run never writes into a folder that another run has taken."""
+"""Runs killed at random moments and started again with the same command: the same run, bit for bit, as one without
+faults (tools/benchmarks/faults.py, with few kills); and what is left of a dead run never writes into a folder that
+another run has taken."""
 
 import contextlib
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from unittest import mock
 
-import psutil
+import faults
 import pytest
 from test_bad_input import run_tool
 from test_launch import ROOT, environment
 from test_training import METRICS, metrics_of
 from tiny import BOS, SEQ_LENGTH, STRIDE, TINY_LLAMA, WINDOW, prepare_ready_rows, reference_rows
 
+from megatron_tw.parallel.launcher import kill_with_children
 from megatron_tw.runtime.lock import LOCK_FILE, FolderLock, Holder
 
 STEPS, SAVE_INTERVAL = 20, 3
@@ -42,63 +45,28 @@ def arguments(rows: Path, run: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def straight(rows, ranks, tmp_path_factory) -> dict[int, Path]:
-    """Runs without faults, of one and of two ranks."""
-    runs = {}
-    for world_size in (1, 2):
-        runs[world_size] = tmp_path_factory.mktemp("straight") / "run"
-        for status, stderr in ranks(world_size).run(run_tool, "train", arguments(rows, runs[world_size])):
-            assert (status, stderr) == (0, "")
-    return runs
-
-
-@dataclass
-class Job:
-    """A program that was started, and every process of it that was seen."""
-
-    process: subprocess.Popen[bytes]
-    family: list[psutil.Process]
+def straight(rows, ranks, tmp_path_factory) -> Path:
+    """A run of one rank, without faults."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    assert ranks(1).run(run_tool, "train", arguments(rows, run)) == [(0, "")]
+    return run
 
 
 @contextlib.contextmanager
-def started(command: list[str], log: Path, **variables: str) -> Iterator[Job]:
-    """A program, its output in a file. Nothing of it is left at the end."""
+def started(command: list[str], log: Path, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A program, its output in a file. It is killed at the end, and what it started."""
     with log.open("ab") as output:
         process = subprocess.Popen(command, env=environment(**variables), stdout=output, stderr=output)
-    job = Job(process, [psutil.Process(process.pid)])
     try:
-        yield job
+        yield process
     finally:
-        for member in [*job.family, *_descendants(job.family[0])]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
+        kill_with_children(process.pid)
         process.wait()
-
-
-def torchrun(rows: Path, run: Path) -> list[str]:
-    tool = [str(ROOT / "tools" / "train.py"), *arguments(rows, run)]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *tool]
-
-
-def _descendants(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return process.children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
 
 
 def steps_of(run: Path) -> int:
     file = run / "metrics.jsonl"
     return file.read_text().count("\n") if file.is_file() else 0
-
-
-def holds(run: Path, launcher: psutil.Process) -> bool:
-    """Whether a rank of this launcher, and not of an earlier one, is at work in the folder."""
-    try:
-        holder = json.loads((run / LOCK_FILE).read_text())
-        return psutil.Process(holder["pid"]).ppid() == launcher.pid
-    except (FileNotFoundError, ValueError, psutil.NoSuchProcess):
-        return False
 
 
 def wait_for(what, log: Path) -> None:
@@ -108,40 +76,27 @@ def wait_for(what, log: Path) -> None:
         time.sleep(0.005)
 
 
-def kill(how: str, job: Job, chance: random.Random) -> None:
-    launcher = job.family[0]
-    ranks = [child for child in launcher.children() if "train.py" in " ".join(child.cmdline())]
-    job.family.extend(launcher.children(recursive=True))
-    for process in {"job": job.family, "rank": [chance.choice(ranks)], "launcher": [launcher]}[how]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    faults.write_inputs(folder, folder / "log", scores=False)
+    return folder
+
+
+CASES = [case for case in faults.CASES if not case.uses_scores]
 
 
 @pytest.mark.parametrize(
-    "kills",
-    [("job", "rank", "launcher"), pytest.param(("job", "rank", "launcher") * 5, marks=pytest.mark.full)],
-    ids=["few", "many"],
+    ("case", "kills"),
+    [(CASES[0], 2), *(pytest.param(case, 6, marks=pytest.mark.full) for case in CASES)],
+    ids=lambda value: getattr(value, "name", value),
 )
-def test_kills_at_random_moments_leave_the_run_as_it_is(kills, straight, rows, tmp_path):
+def test_kills_at_random_moments_leave_the_run_as_it_is(case, kills, inputs):
     seed = random.randrange(10**6)
     print("seed", seed)
-    chance = random.Random(seed)
-    run, log = tmp_path / "run", tmp_path / "log"
-    steps = sorted(chance.choices(range(1, STEPS - 1), k=len(kills)))
-    with contextlib.ExitStack() as processes:
-        for how, step in zip(chance.sample(kills, len(kills)), steps, strict=True):
-            job = processes.enter_context(started(torchrun(rows, run), log))
-            wait_for(lambda: holds(run, job.family[0]) and steps_of(run) >= step, log)  # noqa: B023
-            time.sleep(chance.uniform(0, 0.4))
-            print("killed", how, "after step", steps_of(run))
-            kill(how, job, chance)
-            if how != "launcher":  # else its ranks may still be there when the next run comes
-                job.process.wait(SECONDS)
-        last = processes.enter_context(started(torchrun(rows, run), log))
-        assert last.process.wait(SECONDS) == 0, log.read_text()
-    same_run(run, straight[2])
-    assert "differs" not in log.read_text()
-    assert "Warning" not in log.read_text()
+    for folder in (inputs / case.name, inputs / f"{case.name} straight"):
+        shutil.rmtree(folder, ignore_errors=True)
+    assert faults.examine(case, inputs, kills, random.Random(seed)).kills == kills
 
 
 def same_run(run: Path, expected: Path) -> None:
@@ -167,23 +122,23 @@ def test_a_run_that_comes_back_does_not_write_into_what_another_has_taken(straig
     """A run is suspended, given up by one that thinks it is on another machine, and goes on when that one has ended."""
     run, log = tmp_path / "run", tmp_path / "log"
     command = [sys.executable, str(ROOT / "tools" / "train.py"), *arguments(rows, run)]
-    with started(command, log) as job:
+    with started(command, log) as process:
         wait_for(lambda: steps_of(run) >= SAVE_INTERVAL + 1, log)
-        job.process.send_signal(signal.SIGSTOP)
+        process.send_signal(signal.SIGSTOP)
         for folder in (run, Path(f"{run}-hf.partial")):
             file = folder / LOCK_FILE
             holder = Holder(**json.loads(file.read_text()))
             file.write_text(json.dumps(asdict(holder) | {"machine": "another"}))
         assert ranks(1).run(run_tool_impatiently, "train", arguments(rows, run)) == [(0, "")]
         before = files_of(tmp_path)
-        job.process.send_signal(signal.SIGCONT)
+        process.send_signal(signal.SIGCONT)
         time.sleep(1)
-        job.process.wait(SECONDS)
-        assert job.process.returncode not in (0, None), log.read_text()
+        process.wait(SECONDS)
+        assert process.returncode not in (0, None), log.read_text()
     after = files_of(tmp_path)
     assert after.keys() == before.keys()
     assert {path for path in before if after[path] != before[path]} <= {log, *run.glob("tensorboard/*")}
-    same_run(run, straight[1])
+    same_run(run, straight)
 
 
 def files_of(folder: Path) -> dict[Path, int]:

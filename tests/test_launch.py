@@ -22,6 +22,7 @@ LAUNCHER = (
     "NNODES",
     "NODE_RANK",
     "NPROC_PER_NODE",
+    "MAX_RESTARTS",
     "GPUS_PER_NODE",
     "RANK",
     "WORLD_SIZE",
@@ -198,18 +199,20 @@ def launch(tmp_path: Path) -> Launch:
     return run
 
 
+ALONE = "--standalone --max-restarts 0"
 TAIL = f"{ROOT / 'tools' / 'train.py'} --config {SCRIPT.with_suffix('.yaml')} --lr 1e-5 a b"
 
 
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        ({}, "--nproc-per-node 2 --standalone"),
-        ({"CUDA_VISIBLE_DEVICES": "0,3,5"}, "--nproc-per-node 3 --standalone"),  # nvidia-smi lists 2 whatever it says
-        ({"CUDA_VISIBLE_DEVICES": "GPU-1a-2b"}, "--nproc-per-node 1 --standalone"),
-        ({"CUDA_VISIBLE_DEVICES": ""}, "--nproc-per-node 1 --standalone"),
-        ({"GPUS_PER_NODE": "8"}, "--nproc-per-node 8 --standalone"),
-        ({"GPUS_PER_NODE": "8", "NPROC_PER_NODE": "4"}, "--nproc-per-node 4 --standalone"),
+        ({}, f"--nproc-per-node 2 {ALONE}"),
+        ({"CUDA_VISIBLE_DEVICES": "0,3,5"}, f"--nproc-per-node 3 {ALONE}"),  # nvidia-smi lists 2 whatever it says
+        ({"CUDA_VISIBLE_DEVICES": "GPU-1a-2b"}, f"--nproc-per-node 1 {ALONE}"),
+        ({"CUDA_VISIBLE_DEVICES": ""}, f"--nproc-per-node 1 {ALONE}"),
+        ({"MAX_RESTARTS": "3"}, "--nproc-per-node 2 --standalone --max-restarts 3"),
+        ({"GPUS_PER_NODE": "8"}, f"--nproc-per-node 8 {ALONE}"),
+        ({"GPUS_PER_NODE": "8", "NPROC_PER_NODE": "4"}, f"--nproc-per-node 4 {ALONE}"),
         (
             {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "host0", "MASTER_PORT": "1234"},
             "--nproc-per-node 2 --nnodes 2 --node-rank 1 --master-addr host0 --master-port 1234",
@@ -218,7 +221,7 @@ TAIL = f"{ROOT / 'tools' / 'train.py'} --config {SCRIPT.with_suffix('.yaml')} --
             {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "n[3-4]", "SLURM_JOB_ID": "70042"},
             "--nproc-per-node 2 --nnodes 2 --node-rank 1 --master-addr n3 --master-port 29542",
         ),
-        ({"SLURM_NNODES": "1", "SLURM_NODEID": "0"}, "--nproc-per-node 2 --standalone"),
+        ({"SLURM_NNODES": "1", "SLURM_NODEID": "0"}, f"--nproc-per-node 2 {ALONE}"),
     ],
 )
 def test_bash_starts_torchrun_from_the_clusters_variables(
@@ -226,7 +229,7 @@ def test_bash_starts_torchrun_from_the_clusters_variables(
 ) -> None:
     result = launch(**variables)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == f"-m torch.distributed.run {expected} {TAIL}"
+    assert result.stdout.strip() == f"{ROOT / 'tools' / 'launch.py'} {expected} {TAIL}"
 
 
 def test_every_recipe_is_launched_alike(launch: Launch) -> None:
@@ -238,6 +241,7 @@ def test_every_recipe_is_launched_alike(launch: Launch) -> None:
     ("variables", "message"),
     [
         ({"SLURM_NNODES": "1", "SLURM_LOCALID": "3"}, "error: srun: expected --ntasks-per-node 1, this is task 3"),
+        ({"NNODES": "2", "MAX_RESTARTS": "3"}, "error: MAX_RESTARTS: is for one node; on 2 start the same commands"),
         ({"NNODES": "2"}, "error: NODE_RANK: expected the number of this node"),
         ({"NNODES": "2", "NODE_RANK": "0"}, "error: MASTER_ADDR: expected the address of node 0"),
         ({"SLURM_NNODES": "2", "SLURM_NODEID": "0", "SLURM_LOCALID": "1"}, "error: srun: expected --ntasks-per-node 1"),

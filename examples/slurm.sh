@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# A recipe in a Slurm job, on all its nodes. From the root of the clone, so often as the run needs jobs:
+#
+#   sbatch --job-name NAME examples/slurm.sh examples/extend_llama3_32k.sh --load-hf DIR --data-path DIR --save DIR
+#
+# They run one after the other (singleton). Each goes on where the one before was stopped, by its time limit or by a
+# node that died; one that finds the run at its end is over at once. Ten minutes before the time limit Slurm sends SIGTERM:
+# the run then ends after its step, with a checkpoint. The nodes share the storage; for networks see docs/launch.md.
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@600
+#SBATCH --dependency=singleton
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0   # where nodes do not find each other: the interface they share
+exec srun --kill-on-bad-exit=1 --ntasks-per-node=1 bash "$@"
