@@ -13,6 +13,7 @@ import pytest
 from test_scores import config as scoring_options
 from test_scores import score
 from test_training import DENSE, metrics_of, options, run_all
+from test_training_options import printed_by
 from tiny import Axes, prepare_ready_rows, reference_rows
 
 from megatron_tw.config import CheckpointConfig, DataConfig, RunConfig, ScorerConfig, TrainConfig
@@ -191,7 +192,7 @@ def run_of(axes: Axes, world: Path, save: Path, data: tuple[str, ...], **changes
     )
 
 
-def test_a_blend_trains_as_one_folder_of_its_samples(ranks, world: Path, tmp_path: Path, capfd) -> None:
+def test_a_blend_trains_as_one_folder_of_its_samples(ranks, world: Path, tmp_path: Path) -> None:
     """With cached scores of each folder, stopped and resumed under another layout and batch size, too."""
     parts = ("three", "one", "merged")
     ranks(1).run(score, [scoring_options(Axes(), world / name, tmp_path / f"scores_{name}") for name in parts])
@@ -212,11 +213,10 @@ def test_a_blend_trains_as_one_folder_of_its_samples(ranks, world: Path, tmp_pat
     assert counts == [taken(samples, SHARES_OF_TWO) for samples in range(2, 13, 2)]
 
     resumed = run_of(Axes(dp=2), world, tmp_path / "stopped", blend, scorer=cached("three", "one"))
-    ranks(2).run(run_all, [resumed])
+    told, _ = ranks(2).run(printed_by, resumed)
     again = metrics_of(tmp_path / "stopped")
     np.testing.assert_allclose(again["weighted_loss"], expected["weighted_loss"], rtol=1e-5)
     assert again["weighted_loss"][:3].tolist() == expected["weighted_loss"][:3].tolist()
-    told = capfd.readouterr().out
     assert f"75.00% of the samples from {world / 'three'}: 9, 3.00 times its 3 rows" in told
     assert f"25.00% of the samples from {world / 'one'}: 3, 3.00 times its 1 rows, 1 so far" in told
 
