@@ -13,10 +13,7 @@ from pathlib import Path
 import yaml
 
 from megatron_tw.config import load_options, user_errors
-from megatron_tw.config.plan import PlanConfig
-
-DOES_NOT_FIT = 3
-"""Exit status where the layout does not fit the GPU."""
+from megatron_tw.config.plan import DOES_NOT_FIT, PlanConfig
 
 
 def main(argv: Sequence[str]) -> int:

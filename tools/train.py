@@ -24,9 +24,11 @@ def main(argv: Sequence[str]) -> None:
         from megatron_tw.training.loop import train  # after the checks: it imports torch and Megatron-Core
 
         with lost_ranks_named(config.parallel.distributed_timeout_minutes):
-            run = train(config) if not config.train.check else None
-            if run is None:
+            run = None
+            if config.train.check:
                 check(config)
+            else:
+                run = train(config)
         stop_process_group()
     if run is not None and run.interrupted:
         sys.exit(INTERRUPTED)  # like a program that Ctrl-C ended, so that a script does not go on to its next line

@@ -13,6 +13,9 @@ from megatron_tw.config.schema import (
     TrainConfig,
 )
 
+DOES_NOT_FIT = 3
+"""Exit status of tools/plan.py where the layout does not fit the GPU."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:

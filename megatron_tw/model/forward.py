@@ -323,8 +323,8 @@ class ShortWindowForward:
 
     @property
     def micro_batches_multiple(self) -> int:
-        """Of which the micro-batches of a rank are: an interleaved pipeline wants as many as it has stages."""
-        return self.layout.pp_size if self.layout.vpp_size and self.pipelined else 1
+        """Of which the micro-batches of a rank are."""
+        return micro_batches_multiple(self.layout, pipelined=self.pipelined)
 
     def short_nll(
         self, model: Sequence[torch.nn.Module], rows_RN: Tensor, documents_D3: Tensor | None = None
@@ -363,6 +363,12 @@ class ShortWindowForward:
         if not nlls:
             return None
         return row_layout(self.layout).sum_(laid_out.put_back(torch.cat(nlls), shard.positions(rows_RN.device)))
+
+
+def micro_batches_multiple(layout: Layout, *, pipelined: bool) -> int:
+    """Of which a rank's micro-batches are: an interleaved pipeline wants as many as it has stages. pipelined: the model
+    lies over the run's pipeline."""
+    return layout.pp_size if layout.vpp_size and pipelined else 1
 
 
 def num_window_groups(num_windows: int, cp_size: int) -> int:

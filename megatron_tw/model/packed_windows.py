@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from megatron_tw.data.rows import RowsHeader
-from megatron_tw.model.forward import ShortWindowForward, forward_nll, padded_window, row_layout, shard_sequences
+from megatron_tw.model.forward import (
+    ShortWindowForward,
+    forward_nll,
+    micro_batches_multiple,
+    padded_window,
+    row_layout,
+    shard_sequences,
+)
 from megatron_tw.model.sequence import SequenceShard
 from megatron_tw.objective.short_windows import IGNORED
 from megatron_tw.parallel.layout import Layout
@@ -101,7 +108,7 @@ class PackedWindowForward:
 
     def batches_of(self, num_bins: int) -> int:
         """Forward passes of a rank with so many bins: at least one, and as many as an interleaved pipeline takes."""
-        multiple = self.layout.pp_size if self.layout.vpp_size and self.pipelined else 1
+        multiple = micro_batches_multiple(self.layout, pipelined=self.pipelined)
         return -(-max(1, -(-num_bins // self.bins_at_once)) // multiple) * multiple
 
     def short_nll(

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tw.config import RunConfig, save_config
+from megatron_tw.config.plan import DOES_NOT_FIT
 from megatron_tw.data.blend import Blend
 from megatron_tw.data.progress import Progress
 from megatron_tw.data.rows import TokenRows
@@ -39,8 +40,6 @@ from megatron_tw.training.inputs import Inputs, bytes_of_checkpoint, open_inputs
 MESSAGE_BYTES = {"cuda": 256 << 20, "cpu": 4 << 20}
 """Of the timed all-reduce: large enough for a link's bandwidth."""
 REPETITIONS = 5
-DOES_NOT_FIT = 3
-"""Exit status of tools/plan.py."""
 
 Result = TypeVar("Result")
 
