@@ -6,6 +6,7 @@
 # They run one after the other (singleton). Each goes on where the one before was stopped, by its time limit or by a
 # node that died; one that finds the run at its end is over at once. Ten minutes before the time limit Slurm sends SIGTERM:
 # the run then ends after its step, with a checkpoint. The nodes share the storage; for networks see docs/launch.md.
+# NAME-JOB.log has what all ranks print, NAME-JOB.logs/ the same rank by rank.
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -16,4 +17,5 @@
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0   # where nodes do not find each other: the interface they share
+export LOG_DIR="${LOG_DIR:-$SLURM_JOB_NAME-$SLURM_JOB_ID.logs}"
 exec srun --kill-on-bad-exit=1 --ntasks-per-node=1 bash "$@"

@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the processes that are made from here
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from collections.abc import Callable, Iterator
@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from programs import Programs
-from ranks import RankPool
+from ranks import RankPool, share_fork_server
 
 torch.set_num_threads(1)
+share_fork_server()
 
 
 @pytest.fixture(scope="session")

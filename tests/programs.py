@@ -5,7 +5,9 @@ with a mistake takes a tenth of a second.
         answer = programs.run("evaluate", ["--load", "run"], folder)    # in that folder, its files for temporary files
 """
 
+import contextlib
 import importlib
+import io
 import os
 import re
 import resource
@@ -115,14 +117,9 @@ def serve(address: str) -> None:
 
     import torch
 
-    from megatron_tw.config import RunConfig
-    from megatron_tw.config.conversion import ConversionConfig
-    from megatron_tw.config.evaluation import EvaluationConfig
-    from megatron_tw.config.options import options_of
-    from megatron_tw.config.scoring import ScoringConfig
-
-    for schema in (RunConfig, ScoringConfig, EvaluationConfig, ConversionConfig):
-        options_of(schema)  # reads their sources, once
+    for name in set(TOOLS.values()):
+        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+            importlib.import_module(f"tools.{name}").main(["--help"])  # makes the parser of its options, once
     torch.set_num_threads(1)
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them

@@ -26,7 +26,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, forkserver, get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,20 @@ PRELOAD = [
     "megatron.core.dist_checkpointing",
     "megatron.core.pipeline_parallel.schedules",
     "megatron.training.training",  # in the wheels from 0.17 on
+    "megatron_tw.training.loop",
+    "megatron_tw.evaluation.program",
+    "megatron_tw.programs.scoring",
+    "megatron_tw.programs.convert",
+    "megatron_tw.planning.processes",
+    "torch.testing._internal.distributed.fake_pg",
 ]
+
+
+def share_fork_server() -> None:
+    """One server forks the ranks, the planner's simulations and the runs that are killed: whoever comes first, it has
+    imported what they all need."""
+    forkserver._forkserver.set_forkserver_preload(PRELOAD)  # type: ignore[attr-defined]
+    forkserver._forkserver.set_forkserver_preload = lambda names: None  # type: ignore[attr-defined]
 
 
 class RankTracebackError(Exception):
@@ -65,11 +78,7 @@ class RankPool:
     """`world_size` processes with a gloo default process group (rendezvous by file) that call functions of tests."""
 
     def __init__(self, world_size: int, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
-        # The server inherits the environment now, and numpy's BLAS would start threads when the server imports it.
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         context = get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
         self.world_size = world_size
         self.closed = False
         self._timeout_seconds = timeout_seconds

@@ -220,14 +220,19 @@ def test_a_process_that_is_killed_again_and_again(tmp_path: Path) -> None:
         tmp_path / "in.jsonl", [{"input_ids": [1, *(i * j % 300 for j in range(255))]} for i in range(12_000)]
     )
     options = {"seq_length": 256, "tokenizer": None, "vocab_size": 320}
+    imported = tmp_path.with_name("imported")
     code = (
         "from megatron_tw.data import prepare; prepare.SAVE_SECONDS = 0.02\n"
+        f"open({str(imported)!r}, 'w').close()\n"
         f"prepare.prepare_rows([{str(source)!r}], {str(tmp_path / 'out')!r}, **{options!r})"
     )
     kills = 0
     while not (tmp_path / "out").exists():
+        imported.unlink(missing_ok=True)
         process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)})
-        time.sleep(draw.uniform(0.4, 0.9))
+        while process.poll() is None and not imported.exists():
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0.1, 0.5))
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             kills += 1

@@ -30,8 +30,13 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 2,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
-LAYOUTS = [Axes(), Axes(tp=2), Axes(pp=2), Axes(cp=2)]
-FULL_LAYOUTS = [Axes(tp=4), Axes(tp=2, cp=2), Axes(pp=2, vpp_layers=1)]  # TP 4: more ranks than key-value heads
+LAYOUTS = [Axes(), Axes(tp=2), Axes(cp=2)]
+FULL_LAYOUTS = [
+    Axes(pp=2),
+    Axes(tp=4),
+    Axes(tp=2, cp=2),
+    Axes(pp=2, vpp_layers=1),
+]  # TP 4: more ranks than key-value heads
 EACH_LAYOUT = [pytest.param(axes, id=axes.name) for axes in LAYOUTS] + [
     pytest.param(axes, id=axes.name, marks=pytest.mark.full) for axes in FULL_LAYOUTS
 ]

@@ -118,6 +118,7 @@ def run_tool_impatiently(tool: str, argv: list[str]) -> tuple[int, str]:
         return run_tool(tool, argv)
 
 
+@pytest.mark.full
 def test_a_run_that_comes_back_does_not_write_into_what_another_has_taken(straight, rows, ranks, tmp_path):
     """A run is suspended, given up by one that thinks it is on another machine, and goes on when that one has ended."""
     run, log = tmp_path / "run", tmp_path / "log"

@@ -23,6 +23,7 @@ LAUNCHER = (
     "NODE_RANK",
     "NPROC_PER_NODE",
     "MAX_RESTARTS",
+    "LOG_DIR",
     "GPUS_PER_NODE",
     "RANK",
     "WORLD_SIZE",
@@ -66,13 +67,17 @@ def overrides(rows: Path, save: Path) -> list[str]:
     ]
 
 
-def test_bash_and_torchrun_run_the_same_recipe(rows: Path, tmp_path: Path) -> None:
-    ways = {
-        "bash": (["bash", str(SCRIPT)], {"NPROC_PER_NODE": "2"}),
-        "torchrun": (["torchrun", "--standalone", "--nproc-per-node", "2", str(SCRIPT)], {}),
-    }
+WAYS = {
+    "bash": (["bash", str(SCRIPT)], {"NPROC_PER_NODE": "2", "LOG_DIR": "logs"}),
+    "torchrun": (["torchrun", "--standalone", "--nproc-per-node", "2", str(SCRIPT)], {}),
+}
+
+
+@pytest.mark.parametrize("ways", [["bash"], pytest.param(["bash", "torchrun"], marks=pytest.mark.full)])
+def test_bash_and_torchrun_run_the_same_recipe(ways: list[str], rows: Path, tmp_path: Path) -> None:
     metrics, configs = {}, {}
-    for name, (command, variables) in ways.items():
+    for name in ways:
+        command, variables = WAYS[name]
         save = tmp_path / name
         result = subprocess.run(
             command + overrides(rows, save),
@@ -94,10 +99,12 @@ def test_bash_and_torchrun_run_the_same_recipe(rows: Path, tmp_path: Path) -> No
         assert (config.weighting.weighting, config.weighting.interpolation) == ("dense", 0.75)  # the recipe's
         assert (config.model.rotary_base, config.optimizer.lr, config.optimizer.lr_warmup_iters) == (1.53e7, 2e-5, 20)
         assert (config.data.seq_length, config.compute.bf16, config.checkpoint.save_interval) == (256, False, None)
+    logs = {file.parent.name: file.read_text() for file in (tmp_path / "logs").glob("node_0/*/attempt_0/*/stdout.log")}
+    assert "weighting dense" in logs.pop("0")
+    assert list(logs) == ["1"]
     same = ("weighted_loss", "lm_loss", "grad_norm", "learning_rate")
-    assert [[step[key] for key in same] for step in metrics["bash"]] == [
-        [step[key] for key in same] for step in metrics["torchrun"]
-    ]
+    for key in same:
+        assert [step[key] for step in metrics["bash"]] == [step[key] for step in metrics[ways[-1]]], key
 
 
 @pytest.mark.full
@@ -222,6 +229,7 @@ TAIL = f"{ROOT / 'tools' / 'train.py'} --config {SCRIPT.with_suffix('.yaml')} --
             "--nproc-per-node 2 --nnodes 2 --node-rank 1 --master-addr n3 --master-port 29542",
         ),
         ({"SLURM_NNODES": "1", "SLURM_NODEID": "0"}, f"--nproc-per-node 2 {ALONE}"),
+        ({"LOG_DIR": "a b"}, f"--nproc-per-node 2 {ALONE} --log-dir a b/node_0 --tee 3"),
     ],
 )
 def test_bash_starts_torchrun_from_the_clusters_variables(

@@ -261,14 +261,18 @@ EXACT = WeightingOptions(weighting="exact", tau=16)
 RUNS = [(SPARSE_UNFROZEN, UNFROZEN), (DENSE, LIVE), (DENSE, CACHED), (LONGCE, EMA), (EXACT, UNFROZEN)]
 
 
-def configs(axes: Axes, data: Path, scores: Path) -> list:
+def with_folder(scorer: ScorerConfig, scores: Path) -> ScorerConfig:
     folders: dict[ScorerConfig, dict[str, Any]] = {
         LIVE: {"scorer_hf": str(scores.with_name("scorer"))},
         CACHED: {"scores": (str(scores),)},
     }
+    return replace(scorer, **folders.get(scorer, {}))
+
+
+def configs(axes: Axes, data: Path, scores: Path) -> list:
     return [
         options(axes, data, weighting=weighting, train=TrainConfig(train_iters=2, global_batch_size=2),
-                scorer=replace(scorer, **folders.get(scorer, {})))
+                scorer=with_folder(scorer, scores))
         for weighting, scorer in RUNS
     ]  # fmt: skip
 
@@ -307,15 +311,21 @@ def test_every_layout_is_one_rank(axes: Axes, ranks, data: Path, scores: Path, a
                                        err_msg=f"{weighting.weighting} {scorer.scorer} {key}")  # fmt: skip
 
 
+SCHEDULE = WeightingOptions(weighting_schedule="0: dense; 2 linear: dense interpolation=0.25; 3: sparse")
+
+
+@pytest.mark.parametrize("scorer", [CACHED, pytest.param(LIVE, marks=pytest.mark.full)], ids=["cached", "live"])
 @pytest.mark.parametrize(
-    "after", [Axes(cp=2), pytest.param(Axes(tp=2), marks=pytest.mark.full)], ids=lambda value: value.name
+    "after",
+    [Axes(cp=2), *(pytest.param(axes, marks=pytest.mark.full) for axes in (Axes(tp=2), Axes(pp=2), Axes(dp=2)))],
+    ids=lambda value: value.name,
 )
-def test_stop_and_resume(after: Axes, ranks, data: Path, scores: Path, tmp_path: Path) -> None:
-    """Bitwise under the same layout, to rounding under another."""
+def test_stop_and_resume(scorer, after: Axes, ranks, data: Path, scores: Path, tmp_path: Path) -> None:
+    """With a frozen scorer and a schedule: bitwise under the same layout, to rounding under another."""
 
     def config(axes: Axes, save: str, exit_interval: int | None = None) -> Any:
         return options(
-            axes, data, weighting=DENSE, scorer=replace(CACHED, scores=(str(scores),)),
+            axes, data, weighting=SCHEDULE, scorer=with_folder(scorer, scores),
             train=TrainConfig(train_iters=4, global_batch_size=2, exit_interval=exit_interval),
             checkpoint=CheckpointConfig(save=str(tmp_path / save), load=str(tmp_path / save), save_interval=2),
         )  # fmt: skip

@@ -43,6 +43,7 @@ def add_tokenizer(model: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(model)
 
 
+@pytest.mark.full
 def test_from_documents_to_the_report_on_two_ranks(tmp_path: Path) -> None:
     shutil.copytree(TINY_LLAMA, tmp_path / "small")
     add_tokenizer(tmp_path / "small")

@@ -20,7 +20,7 @@ from megatron_tw.model.forward import call_model, long_sequences
 from megatron_tw.parallel.devices import prepare_device
 
 __all__ = ["reference_data"]  # a fixture of test_training
-TRAIN = TrainConfig(train_iters=3, global_batch_size=2)
+TRAIN = TrainConfig(train_iters=2, global_batch_size=2)
 AGAIN = ActivationConfig(recompute_cp_gather=True)
 SELECTIVE = ActivationConfig(recompute_granularity="selective")
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -29,7 +29,7 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompu
 @pytest.mark.parametrize(
     ("axes", "bf16", "recompute"),
     [
-        (Axes(cp=2), False, {}),
+        pytest.param(Axes(cp=2), False, {}, marks=pytest.mark.full),
         (Axes(cp=2), True, FULL),
         (Axes(tp=2, cp=2), True, {}),
         (Axes(pp=2, cp=2, vpp_layers=1), False, {}),

@@ -148,8 +148,20 @@ AS_HELD: dict[str, Any] = {"dist_ckpt_optim_fully_reshardable": False}
 """Optimizer state saved as the ranks hold it."""
 
 
-@pytest.mark.parametrize("given", [AS_HELD, {"ckpt_fully_parallel_load": True}], ids=["as held", "parallel load"])
-@pytest.mark.parametrize("axes", [Axes(dp=2), Axes(tp=2, cp=2), Axes(pp=2, vpp_layers=1)], ids=lambda axes: axes.name)
+PARALLEL_LOAD: dict[str, Any] = {"ckpt_fully_parallel_load": True}
+
+
+@pytest.mark.parametrize(
+    ("axes", "given"),
+    [
+        pytest.param(Axes(dp=2), AS_HELD, id="DP2-as held"),
+        pytest.param(Axes(dp=2), PARALLEL_LOAD, id="DP2-parallel load"),
+        pytest.param(Axes(tp=2, cp=2), AS_HELD, id="TP2xCP2-as held", marks=pytest.mark.full),
+        pytest.param(Axes(tp=2, cp=2), PARALLEL_LOAD, id="TP2xCP2-parallel load", marks=pytest.mark.full),
+        pytest.param(Axes(pp=2, vpp_layers=1), AS_HELD, id="PP2-1layers-as held"),
+        pytest.param(Axes(pp=2, vpp_layers=1), PARALLEL_LOAD, id="PP2-1layers-parallel load", marks=pytest.mark.full),
+    ],
+)
 def test_other_ways_to_save_and_load_resume_exactly(given, axes, ranks, reference_data, tmp_path):
     pool, saves = ranks(axes.world_size), [tmp_path / "straight", tmp_path / "stopped"]
     straight, stopped = (

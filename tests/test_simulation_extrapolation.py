@@ -52,7 +52,12 @@ def job(axes: Axes, *, layers: int, microbatches: int, rank: int = 0, **changes:
 
 EQUAL = [
     pytest.param(Axes(tp=2, cp=2), {"layers": 7, "microbatches": 6}, id="TP 2 x CP 2"),
-    pytest.param(Axes(pp=2, dp=2), {"layers": 12, "microbatches": 6, "activations": FULL}, id="PP 2 x DP 2, recompute"),
+    pytest.param(
+        Axes(pp=2, dp=2),
+        {"layers": 12, "microbatches": 6, "activations": FULL},
+        id="PP 2 x DP 2, recompute",
+        marks=pytest.mark.full,
+    ),
     pytest.param(
         Axes(pp=2, vpp_layers=6), {"layers": 24, "microbatches": 8, "rank": 1}, id="VPP 2", marks=pytest.mark.full
     ),

@@ -193,6 +193,7 @@ def staged(data: dict[int, Path], save: Path, steps: int) -> list[str]:
     ]
 
 
+@pytest.mark.full
 def test_the_staged_recipe_killed_in_its_second_stage_goes_on(data, ranks, tmp_path):
     steps, log = 8, tmp_path / "log"
     command = staged(data, tmp_path / "runs", steps)

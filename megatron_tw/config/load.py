@@ -7,10 +7,11 @@ two YAML files the later wins.
 """
 
 import difflib
+import functools
 import inspect
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -48,9 +49,10 @@ def parse_options(argv: Sequence[str], schema: type[Schema], *, prog: str = "", 
         ValueError: unknown option or YAML key, wrong type, missing required option, unreadable or malformed file; the
         message names it.
     """
-    options = options_of(schema)
+    kind: type = schema  # which can be hashed, mypy says
+    options = options_of(kind)
     remember_options({}, {})
-    parser = _parser(schema, options, prog, description)
+    parser = _parser(kind, prog, description)
     files, flags = _split_config_files(argv)
     _check_flags(flags, options)
     for file in files:
@@ -107,7 +109,9 @@ class _HelpFormatter(DefaultHelpFormatter):
         return str(action.help).replace("%", "%%")
 
 
-def _parser(schema: type, options: dict[str, Option], prog: str, description: str) -> ArgumentParser:
+@functools.cache
+def _parser(schema: type, prog: str, description: str) -> ArgumentParser:
+    options = options_of(schema)
     parser = ArgumentParser(
         prog=prog,
         usage="%(prog)s [--config FILE.yaml] [options]",
@@ -171,7 +175,7 @@ def unknown_option(name: str, known: Iterable[str]) -> str:
     return f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else "; --help lists them")
 
 
-def _check_flags(flags: Sequence[str], options: dict[str, Option]) -> None:
+def _check_flags(flags: Sequence[str], options: Mapping[str, Option]) -> None:
     known = {"--help"} | {flag(name) for name in options}
     known |= {flag("no_" + name) for name, option in options.items() if option.type is bool}
     for argument in flags:
@@ -185,7 +189,7 @@ def _check_flags(flags: Sequence[str], options: dict[str, Option]) -> None:
             raise ValueError(f"{before}: expected {expected}, got more than one value: {value} {next_one}")
 
 
-def _check_yaml(file: str, options: dict[str, Option]) -> None:
+def _check_yaml(file: str, options: Mapping[str, Option]) -> None:
     """Unknown and repeated keys, wrong nulls and booleans, with their line: of these jsonargparse has less to say."""
     try:
         text = Path(file).read_text(encoding="utf-8")
@@ -223,7 +227,7 @@ def _check_repeated(file: str, option: str, mapping: yaml.MappingNode) -> None:
         seen.add(name)
 
 
-def _as_flags_take_it(file: str, options: dict[str, Option]) -> str:
+def _as_flags_take_it(file: str, options: Mapping[str, Option]) -> str:
     """The YAML file's name; or, where weighting_schedule is a list of stages or a mapping, weighting_parameters a
     mapping, or paths are given, its content with the texts that the flags take."""
     content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
@@ -244,7 +248,7 @@ def _as_flags_take_it(file: str, options: dict[str, Option]) -> str:
     return yaml.safe_dump({**content, **texts}, sort_keys=False) if texts else file
 
 
-def _check_values(values: dict[str, Any], options: dict[str, Option]) -> None:
+def _check_values(values: dict[str, Any], options: Mapping[str, Option]) -> None:
     """What no option takes: an empty text (a variable that is not set, in a path), an integer beyond 64 bits."""
     for name in options:
         for value in values[name] if isinstance(values[name], list | tuple) else [values[name]]:
@@ -254,7 +258,7 @@ def _check_values(values: dict[str, Any], options: dict[str, Option]) -> None:
                 raise ValueError(f"{flag(name)}: expected an integer of 64 bits, got {value}")
 
 
-def _files_of_values(files: Sequence[str], flags: Sequence[str], options: dict[str, Option]) -> dict[str, str]:
+def _files_of_values(files: Sequence[str], flags: Sequence[str], options: Mapping[str, Option]) -> dict[str, str]:
     """The YAML file of each option whose value no flag gave."""
     origins: dict[str, str] = {}
     for file in files:
@@ -265,7 +269,7 @@ def _files_of_values(files: Sequence[str], flags: Sequence[str], options: dict[s
     }
 
 
-def _join_lists(flags: Sequence[str], options: dict[str, Option]) -> list[str]:
+def _join_lists(flags: Sequence[str], options: Mapping[str, Option]) -> list[str]:
     """Make the values of a list option, given with spaces or commas, the one bracketed value that jsonargparse reads.
 
     >>> _join_lists(["--transforms", "minus", "shift 2", "--bf16"], options_of(RunConfig))
@@ -296,7 +300,7 @@ def _join_lists(flags: Sequence[str], options: dict[str, Option]) -> list[str]:
     return joined
 
 
-def _one_line(message: str, options: dict[str, Option]) -> str:
+def _one_line(message: str, options: Mapping[str, Option]) -> str:
     """jsonargparse's account of a wrong value, in lines of typing's names, as `--option: expected ..., got ...`."""
     if match := re.match(r'Parser key "(\w+)"', message):
         option = options.get(match[1])

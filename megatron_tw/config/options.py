@@ -5,7 +5,9 @@ import functools
 import inspect
 import textwrap
 import types
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from types import MappingProxyType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
@@ -69,7 +71,8 @@ def groups_of(schema: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in fields(schema)}
 
 
-def options_of(schema: type) -> dict[str, Option]:
+@functools.cache
+def options_of(schema: type) -> Mapping[str, Option]:
     """All options of `schema` by name."""
     options: dict[str, Option] = {}
     for group, group_class in groups_of(schema).items():
@@ -86,7 +89,7 @@ def options_of(schema: type) -> dict[str, Option]:
                 help=helps[field.name],
                 paths=bool(field.metadata.get("paths")),
             )
-    return options
+    return MappingProxyType(options)
 
 
 def _default(field: Field[Any]) -> Any:

@@ -82,9 +82,8 @@ class TrainingStep:
         the same size.
 
         Returns metrics on every rank: those of `StepReport.metrics`; grad_norm (before clipping), learning_rate,
-        scoring_seconds, step_seconds, tokens, masked_targets (that do not count, padding included); model_flops and
-        hardware_flops, of all ranks; skipped_steps, of the whole run; skipped, why this step made no update, None where
-        it did.
+        step_seconds, tokens, masked_targets (that do not count, padding included); model_flops and hardware_flops, of
+        all ranks; skipped_steps, of the whole run; skipped, why this step made no update, None where it did.
 
         Raises:
             BadStepError: it is bad, and ends the run; the weights are as they were. On every rank.
@@ -94,7 +93,6 @@ class TrainingStep:
         self._seen.clear()
         weighting = self.schedule.at(iteration)
         step_batches = self._prepare(batches, weighting)
-        scoring_seconds = time.perf_counter() - started if self.scorer is not None else 0.0
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -130,7 +128,6 @@ class TrainingStep:
             "tokens": rows * batches[0].tokens.shape[1],
             "masked_targets": int(rows * self.report.num_targets - targets),
             **self.flops.of_step(int(rows), scoring=self._scoring_work(int(rows), batches) if scored else None, **cost),
-            "scoring_seconds": scoring_seconds,
             "step_seconds": time.perf_counter() - started,
             "skipped_steps": self.bad_steps.skipped,
             "skipped": why,
@@ -145,7 +142,6 @@ class TrainingStep:
         if self.scorer is not None and weighting.needs_scorer:
             with self.clock.part("scoring"):
                 short_RT = self.scorer.short_nll(rows_RN, row_index_R, documents_of(batches))
-            synchronize()
         prepared = []
         for index, (batch, rows_MN) in enumerate(zip(batches, rows_RN.split(size), strict=True)):
             valid_MT = None if batch.valid is None else batch.valid.to(rows_MN.device)

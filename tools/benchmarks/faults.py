@@ -39,11 +39,12 @@ SECONDS_TO_END, SECONDS_OF_A_RUN = 60.0, 300.0
 
 @dataclass(frozen=True)
 class Case:
-    """A run: its ranks and options. {scores} stands for the folder of frozen scores."""
+    """A run: its ranks, options and rows. {scores} stands for the folder of frozen scores."""
 
     name: str
     ranks: int
     options: str
+    rows: str = "rows"
 
     @property
     def uses_scores(self) -> bool:
@@ -69,6 +70,7 @@ CASES = [
         4,
         "--tensor-model-parallel-size 2 --context-parallel-size 2 --weighting dense --save-retain-interval 4",
     ),
+    Case("packed rows", 2, "--context-parallel-size 2 --weighting longce --async-save", "packed"),
 ]
 """Add one for each thing that a run remembers."""
 
@@ -229,7 +231,7 @@ def arguments_of(case: Case, folder: Path, run: Path) -> list[str]:
 
     own = shlex.split(case.options.replace("{scores}", str(folder / "scores")))
     return [
-        *("--load-hf", str(folder / "model"), "--data-path", str(folder / "rows"), "--seq-length", str(SEQ_LENGTH)),
+        *("--load-hf", str(folder / "model"), "--data-path", str(folder / case.rows), "--seq-length", str(SEQ_LENGTH)),
         *("--short-window", str(WINDOW), "--bos-id", "1", "--train-iters", str(STEPS), "--lr", "1e-3"),
         *("--global-batch-size", str(BATCH), "--save-interval", str(SAVE_INTERVAL), "--log-row-ids"),
         *("--save", str(run), "--auto-resume", "--log-interval", str(STEPS), *own),
@@ -237,7 +239,7 @@ def arguments_of(case: Case, folder: Path, run: Path) -> list[str]:
 
 
 def write_inputs(folder: Path, log: Path, *, scores: bool) -> None:
-    """A small random model, rows, and frozen scores of them."""
+    """A small random model, rows, the same as two documents in each, and frozen scores."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from megatron_tw.data.prepare import prepare_rows
@@ -254,9 +256,19 @@ def write_inputs(folder: Path, log: Path, *, scores: bool) -> None:
     )
     LlamaForCausalLM(model).save_pretrained(folder / "model")
     rows_RN = np.random.default_rng(0).integers(2, VOCABULARY, (ROWS, SEQ_LENGTH))
-    file = folder / "rows.jsonl"
-    file.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows_RN.tolist()))
-    prepare_rows([file], folder / "rows", seq_length=SEQ_LENGTH, tokenizer=None, vocab_size=VOCABULARY, bos_id=1)
+    documents = [part for row in rows_RN for part in np.split(row, [48])]
+    for name, ids, pack_multiple in (("rows", list(rows_RN), None), ("packed", documents, 16)):
+        file = folder / f"{name}.jsonl"
+        file.write_text("".join(json.dumps({"input_ids": each.tolist()}) + "\n" for each in ids))
+        prepare_rows(
+            [file],
+            folder / name,
+            seq_length=SEQ_LENGTH,
+            tokenizer=None,
+            vocab_size=VOCABULARY,
+            bos_id=1,
+            pack_multiple=pack_multiple,
+        )
     if scores:
         options = [*("--load-hf", str(folder / "model"), "--data-path", str(folder / "rows")), *("--bos-id", "1")]
         finish("score_tokens.py", [*options, "--short-window", str(WINDOW), "--output", str(folder / "scores")], 1, log)

@@ -94,7 +94,7 @@ def measure_ours(options: argparse.Namespace) -> dict[str, Any]:
 
     def step(count: int | None = None) -> dict[str, Any]:
         run.iteration += 1
-        return run.step(batches[:count], run.iteration)
+        return run.step(batches[:count], run.iteration) | run.step.clock.metrics()
 
     figures: dict[str, Any] = {"layout": run.layout.describe(), "schemes": {}}
     schedules = {name: schedule_from_options(SCHEMES[name]) for name in options.schemes}
