@@ -63,8 +63,9 @@ PRELOAD = [
 def share_fork_server() -> None:
     """One server forks the ranks, the planner's simulations and the runs that are killed: whoever comes first, it has
     imported what they all need."""
-    forkserver._forkserver.set_forkserver_preload(PRELOAD)  # type: ignore[attr-defined]
-    forkserver._forkserver.set_forkserver_preload = lambda names: None  # type: ignore[attr-defined]
+    server: Any = vars(forkserver)["_forkserver"]
+    server.set_forkserver_preload(PRELOAD)
+    server.set_forkserver_preload = lambda modules_names: None
 
 
 class RankTracebackError(Exception):
