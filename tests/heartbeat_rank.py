@@ -1,4 +1,5 @@
-"""A rank for test_heartbeat.py: `heartbeat_rank.py HOW`. Rank 1 stops in step 7, in the way that is named."""
+"""A rank for test_heartbeat.py: `heartbeat_rank.py HOW`. Rank 1 stops in step 7, in the way that is named; "late": it
+starts late, and does not stop."""
 
 import os
 import signal
@@ -20,11 +21,13 @@ def read_rows() -> None:
 
 def main(how: str) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=600))
+    if how == "late" and dist.get_rank() == 1:
+        time.sleep(3 * GONE_SECONDS)
     minutes = HANG_MINUTES if how == "hangs" else 60
     with watched(minutes, beat_seconds=BEAT_SECONDS, gone_seconds=GONE_SECONDS):
         dist.barrier()
         now_at("step 7")
-        if dist.get_rank() == 1:
+        if dist.get_rank() == 1 and how != "late":
             if how == "hangs":
                 read_rows()
             os.kill(os.getpid(), {"stopped": signal.SIGSTOP, "killed": signal.SIGKILL}[how])

@@ -4,18 +4,22 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import pytest
 from tiny import edit_header
 
 from megatron_tw.evaluation.compare import Difference, Measure, compare, paired_difference
 from megatron_tw.evaluation.key_tokens import KeyTokens, choose_key_tokens, key_tokens, long_ppl
+from megatron_tw.evaluation.loss import check_room
 from megatron_tw.evaluation.position import beyond, mean_nll, nll_by_position, position_edges
 from megatron_tw.evaluation.result import EvaluationHeader, EvaluationResult
 from megatron_tw.evaluation.table import format_table, tables
+from megatron_tw.evaluation.targets import RowTargets
 from megatron_tw.evaluation.training import read_metrics
 
 
@@ -47,6 +51,16 @@ def result(
         short_nll=None if short_nll is None else np.asarray(short_nll, np.float32),
         valid=np.ones(long_RT.shape, bool) if valid is None else np.asarray(valid, bool),
     )
+
+
+def test_packed_rows_that_would_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two documents of 4 and of 3 tokens: 2 x 3 targets, of 10 bytes with the short NLL and of 6 without."""
+    targets = RowTargets(np.ones((1, 7), bool), np.array([[0, 0, 4], [0, 4, 3]]))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=100))
+    check_room(targets, with_short_nll=False)
+    check_room(replace(targets, documents=None), with_short_nll=True)
+    with pytest.raises(ValueError, match=r"packed rows of 2 documents, the longest of 4 tokens: .*\(--eval-rows\)"):
+        check_room(targets, with_short_nll=True)
 
 
 LONG = [[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]]

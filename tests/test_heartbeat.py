@@ -1,9 +1,11 @@
 """A rank that is stopped, and one that makes no progress, end the other; one line names it."""
 
+import contextlib
 import re
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 from test_launch import ROOT, environment
@@ -17,8 +19,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.mark.parametrize("how", ["stopped", "hangs", pytest.param("killed", marks=pytest.mark.full)])
-def test_a_rank_that_stops_ends_the_other_and_is_named(how):
+@contextlib.contextmanager
+def two_ranks(how: str) -> Iterator[list[subprocess.Popen[str]]]:
     variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
         subprocess.Popen(
@@ -31,11 +33,22 @@ def test_a_rank_that_stops_ends_the_other_and_is_named(how):
         for number in range(2)
     ]
     try:
-        said = ranks[0].communicate(timeout=SECONDS)[0]
-        assert ranks[0].returncode == 1
+        yield ranks
     finally:
         for process in ranks:
             process.kill()
+
+
+def test_a_rank_that_starts_late_is_waited_for():
+    with two_ranks("late") as ranks:
+        assert [(process.communicate(timeout=SECONDS)[0], process.returncode) for process in ranks] == 2 * [("", 0)]
+
+
+@pytest.mark.parametrize("how", ["stopped", "hangs", pytest.param("killed", marks=pytest.mark.full)])
+def test_a_rank_that_stops_ends_the_other_and_is_named(how):
+    with two_ranks(how) as ranks:
+        said = ranks[0].communicate(timeout=SECONDS)[0]
+        assert ranks[0].returncode == 1
     said += ranks[1].communicate()[0]  # where it hangs, either may be the one that tells
     at = rf"rank 1 \(step 7 on {re.escape(socket.gethostname())}"
     if how == "hangs":

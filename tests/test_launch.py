@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny import make_folder
+from torch.distributed.elastic.multiprocessing.api import MultiprocessContext, PContext, SignalException
 
 from megatron_tw.config import RunConfig, check_config, parse_options
+from tools import launch as launcher
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "extend_llama3_32k.sh"
@@ -163,6 +166,20 @@ def test_the_recipe_of_phi2_is_the_published_one() -> None:
     assert (windows.short_window, windows.short_stride, windows.min_short_context) == (2048, 1920, 128)
     assert ours.model.rotary_base == 1e6
     assert "# Not published, so ours:" in PHI2.with_suffix(".yaml").read_text().split("rotary_base:")[0]
+
+
+def test_ranks_have_time_after_a_signal_and_not_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[object, int]] = []
+    monkeypatch.setattr(PContext, "close", lambda self, death_sig, timeout: given.append((death_sig, timeout)))
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    launcher.leave_time_to_save()
+    context = PContext.__new__(MultiprocessContext)
+    context.close()
+    try:
+        raise SignalException("", signal.SIGTERM)
+    except SignalException:
+        context.close(signal.SIGTERM, 30)
+    assert given == [(None, 30), (signal.SIGTERM, 600)]
 
 
 def test_a_mistake_is_told_once_by_four_ranks(tmp_path: Path) -> None:

@@ -71,12 +71,14 @@ def test_two_nodes_end_together_and_the_same_commands_resume(rows, tmp_path):
 
 
 @pytest.mark.full
-def test_a_launcher_that_restarts_its_ranks_goes_on(rows, tmp_path):
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_a_launcher_that_restarts_its_ranks_goes_on(how, rows, tmp_path):
+    """Where one is stopped, the other finds it and ends; what it said then does not end those of the next start."""
     run, log = tmp_path / "run", tmp_path / "log"
     with nodes(rows, run, log, 1, MAX_RESTARTS="2") as [launcher]:
         wait_for(lambda: (run / "iter_0000002").is_dir(), Path(f"{log}0"))
         ranks = [child for child in psutil.Process(launcher.pid).children() if "train.py" in " ".join(child.cmdline())]
-        os.kill(ranks[1].pid, signal.SIGKILL)
-        assert launcher.wait(2 * MINUTE) == 0
+        os.kill(ranks[1].pid, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+        assert launcher.wait(4 * MINUTE) == 0
     assert "resumed from" in Path(f"{log}0").read_text()
     assert metrics_of(run)["iteration"].tolist() == list(range(1, STEPS + 1))

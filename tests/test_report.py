@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from megatron_tw.evaluation.report.page import FRAME
 from megatron_tw.evaluation.report.recall import Answers, compare_recall
 from megatron_tw.evaluation.report.text import Row, best_span, pieces_of
 from megatron_tw.evaluation.report.verdict import Finding, headline
-from megatron_tw.evaluation.report.weights import share_above, weight_figures
+from megatron_tw.evaluation.report.weights import parse_weighting, share_above, weight_figures, weights_of
 from megatron_tw.evaluation.results import Record
 from tools import report
 
@@ -126,6 +127,19 @@ def test_wrong_answers_are_refused(tmp_path: Path) -> None:
         Answers.load(file).within(result([[1.0, 2.0]], rows=[1]), file)
     with pytest.raises(ValueError, match="no answer is in the rows that were evaluated"):
         Answers.load(file).within(result([[1.0, 2.0, 3.0]], rows=[5]), file)
+    nll = [[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0]]
+    evaluated = result(nll, nll, rows=[1, 2])
+    evaluated.valid[0, 1] = False  # of the answer in row 1, which begins at position 1
+    assert Answers.load(file).within(evaluated, file).row.tolist() == [1]
+    evaluated.valid[1, 2] = False
+    with pytest.raises(ValueError, match="every answer has a target that the rows' loss_mask leaves out"):
+        Answers.load(file).within(evaluated, file)
+    packed = replace(evaluated, header=replace(evaluated.header, packed=True))
+    with pytest.raises(ValueError, match="expected an evaluation of rows of one document, got packed rows"):
+        Answers.load(file).within(packed, file)
+    exact = parse_weighting(["exact tau=1"])
+    with pytest.raises(ValueError, match="takes whole rows, an evaluation of packed rows"):
+        weights_of(packed, exact)
 
 
 def record(

@@ -124,6 +124,8 @@ def main(arguments: Sequence[str]) -> None:
     result, rows = EvaluationResult.load(options.evaluation), TokenRows(options.rows)
     if rows.header.fingerprint != result.header.data_fingerprint or result.short_nll is None:
         sys.exit("error: expected the rows that were evaluated, with --short-window")
+    if result.header.packed:
+        sys.exit("error: expected rows of one document, got packed rows")
     (weight_RT,) = weights_of(result, parse_weighting(["dense interpolation=0"])).values()
     text = Row.of([int(token) for token in rows[options.row]], load_tokenizer(options.rows / TOKENIZER_DIR))
     index = result.row_index.tolist().index(options.row)

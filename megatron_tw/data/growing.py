@@ -191,6 +191,8 @@ def _check_plan(partial: Path, plan: Plan) -> None:
                 f"{partial} holds the beginning of other rows: {'; '.join(differences)}. Remove it to start anew, or "
                 "choose another --output"
             )
+    else:
+        shutil.rmtree(partial / ROWS, ignore_errors=True)  # of a start that saved nothing
     write_synced(file, header_json(_kind("plan"), FORMAT_VERSION, plan).encode())
 
 

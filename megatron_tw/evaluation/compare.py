@@ -217,7 +217,7 @@ def check_same_rows(
     """Raises ValueError, saying what differs, unless an evaluation with this header is of the rows of another."""
     theirs = key_source.header
     for what, ours_value, theirs_value in (
-        ("--seq-length", header.seq_length, theirs.seq_length),
+        ("longest document" if header.packed else "--seq-length", header.seq_length, theirs.seq_length),
         ("tokenizer fingerprint", header.tokenizer_fingerprint, theirs.tokenizer_fingerprint),
         ("data fingerprint", header.data_fingerprint, theirs.data_fingerprint),
         ("number of rows", num_rows, len(key_source.row_index)),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy.typing as npt
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -59,7 +60,9 @@ def prepare_loss(setting: Setting, names: Sequence[str]) -> Run:
         data_fingerprint=rows.header.fingerprint,
         tokenizer_fingerprint=rows.header.tokenizer.fingerprint if rows.header.tokenizer is not None else None,
         old_context=source.old_context,
+        packed=targets.documents is not None,
     )
+    check_room(targets, with_short_nll=windows is not None)
     if options.key_tokens is not None:
         key_tokens = choose_key_tokens(EvaluationResult.load(options.key_tokens), options.key_tokens)
         check_same_rows(
@@ -127,6 +130,25 @@ def check_marks(rows: TokenRows, config: EvaluationConfig) -> None:
     if rows.header.packing is not None:
         multiple, micro_batch_size = rows.header.packing.multiple, config.evaluation.micro_batch_size
         check_packed("--data-path", multiple, config.parallel, micro_batch_size=micro_batch_size)
+
+
+def check_room(targets: RowTargets, *, with_short_nll: bool) -> None:
+    """That the result of packed rows, each document in a row of its own as long as the longest, fits into half of the
+    memory. Of other rows it is no larger than they are.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if targets.documents is None:
+        return
+    documents, longest = len(targets.documents), targets.longest
+    needed, there = documents * (longest - 1) * (10 if with_short_nll else 6), psutil.virtual_memory().total
+    if needed > there / 2:
+        raise ValueError(
+            f"--data-path: packed rows of {documents:,} documents, the longest of {longest:,} tokens: their evaluation "
+            f"holds each as a row of that length, {needed / 1e9:,.1f} GB of the {there / 1e9:,.1f} GB of this machine; "
+            "take fewer rows (--eval-rows), or rows without --pack"
+        )
 
 
 def loss_records(result: EvaluationResult) -> tuple[Record, ...]:

@@ -61,6 +61,8 @@ class EvaluationHeader:
     old_context: int | None = None
     """Tokens of the context that the model had before it was extended, or that its config.json names; None: written
     before this was kept."""
+    packed: bool = False
+    """The rows are documents of packed rows."""
     nll: str | None = None
     """sha256 (hex) of nll.npz: on disk only; None there: written before it was kept."""
 

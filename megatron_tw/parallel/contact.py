@@ -26,7 +26,8 @@ _HERE = Path(__file__).resolve().parents[2]
 _NAMED = 8
 
 
-_progress = "its start", time.monotonic()
+START = "its start"
+_progress = START, time.monotonic()
 
 
 def now_at(place: str) -> None:
@@ -109,7 +110,7 @@ def _missing() -> str:
 def place_of(store: dist.Store, rank: int) -> str:
     """Where a rank said it is, and its host."""
     key = f"at/{rank}"
-    return store.get(key).decode() if store.check([key]) else "at its start"
+    return store.get(key).decode() if store.check([key]) else f"at {START}"
 
 
 def world_store(*, own_connection: bool = False) -> dist.Store:

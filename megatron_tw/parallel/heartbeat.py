@@ -5,6 +5,9 @@
         looks: rank 0 at all numbers, the others at rank 0's; one that stands still is of a rank that is gone or stopped
         looks: at how long its own rank has been where `now_at` said last
 
+A start takes as long as it takes: a rank that has not counted yet is waited for (it may read its libraries from a cold
+disk), and so is one that loads a large checkpoint.
+
 Who finds something writes it into the store, where the others read it; then all end. Collectives may never return from
 a rank that is gone: NCCL's do not always, and launchers on several nodes do not tell each other.
 """
@@ -13,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -20,7 +24,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from megatron_tw.config.errors import tell
-from megatron_tw.parallel.contact import collective_of, now_at, place_of, progress, world_store
+from megatron_tw.parallel.contact import START, collective_of, now_at, place_of, progress, world_store
 from megatron_tw.parallel.launcher import end_process
 
 BEAT_SECONDS, GONE_SECONDS = 5.0, 40.0
@@ -36,7 +40,7 @@ def watched(
 
     hang_minutes: --hang-timeout-in-mins.
     """
-    now_at("its start")
+    now_at(START)
     watch = _Watch(hang_minutes, beat_seconds, gone_seconds)
     watch.start()
     try:
@@ -56,7 +60,8 @@ class _Watch(threading.Thread):
         self._hang_minutes, self._beat_seconds, self._gone_seconds = hang_minutes, beat_seconds, gone_seconds
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self._store = world_store(own_connection=True)
-        self._store.set_timeout(timedelta(seconds=gone_seconds))
+        if hasattr(self._store, "clone"):  # else it is everybody's
+            self._store.set_timeout(timedelta(seconds=gone_seconds))
         self._main = threading.get_ident()
         self._beats = 0
         self._seen: dict[int, tuple[bytes, float]] = {}
@@ -89,7 +94,7 @@ class _Watch(threading.Thread):
         if gone := self._gone():
             self._find(f"no sign of life for {self._gone_seconds:.0f} s from {self._named(gone)}")
         place, since = progress()
-        if time.monotonic() - since > 60 * self._hang_minutes:
+        if place != START and time.monotonic() - since > 60 * self._hang_minutes:
             self._find(self._hanging(place))
 
     def _gone(self) -> list[int]:
@@ -100,13 +105,13 @@ class _Watch(threading.Thread):
             number = self._store.get(key) if self._store.check([key]) else b""
             if rank not in self._seen or self._seen[rank][0] != number:
                 self._seen[rank] = number, now
-            elif number != b"done" and now - self._seen[rank][1] > self._gone_seconds:
+            elif number not in (b"", b"done") and now - self._seen[rank][1] > self._gone_seconds:
                 gone.append(rank)
         return gone
 
     def _hanging(self, place: str) -> str:
-        """Who makes no progress: the ranks that do not say so themselves, else those that wait in no collective, else
-        all."""
+        """Who makes no progress: the ranks that do not say so themselves, else those that wait in no collective (on a
+        GPU all wait for the device: those that stand elsewhere than most), else all."""
         store, until = self._store, time.monotonic() + 3 * self._beat_seconds
         self._say_where_it_stands()
         silent = set(range(self._ranks))
@@ -115,6 +120,9 @@ class _Watch(threading.Thread):
             time.sleep(self._beat_seconds / 10)
         stands = {r: store.get(f"stands/{r}").decode() for r in range(self._ranks) if r not in silent}
         busy = [rank for rank, where in stands.items() if not where.startswith("a collective: ")]
+        if len(busy) == len(stands) > 2:
+            most = Counter(stands.values()).most_common(1)[0][0]
+            busy = [rank for rank in busy if stands[rank] != most]
         guilty = sorted(silent) or busy or sorted(stands)
         waits = next((where for rank, where in stands.items() if rank not in guilty), None)
         others = f"; the others wait in {waits.removeprefix('a collective: ')}" if waits else ""

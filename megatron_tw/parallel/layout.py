@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_tw.config import ParallelConfig
 from megatron_tw.parallel.devices import Device
@@ -69,7 +70,12 @@ def start_process_group(device: Device, timeout_minutes: int) -> None:
     if dist.is_initialized():
         return
     timeout = timedelta(minutes=timeout_minutes)
-    if "RANK" in os.environ:
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt != "0":  # the launcher's store is that of the ranks before, with all that they left there
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(f"attempt_{attempt}", store)
+        dist.init_process_group(device.backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    elif "RANK" in os.environ:
         dist.init_process_group(device.backend, timeout=timeout)
     else:
         dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

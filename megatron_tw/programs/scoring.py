@@ -46,8 +46,8 @@ def score_tokens(config: ScoringConfig) -> Path:
     options, folder = config.scoring, config.scorer_folder
     with named("--data-path"):
         rows = TokenRows(options.data_path)
-        if rows.header.packing is not None:
-            check_packed("--data-path", rows.header.packing.multiple, config.parallel)
+    if rows.header.packing is not None:
+        check_packed("--data-path", rows.header.packing.multiple, config.parallel)
     seq_length = rows.header.seq_length
     windows = config.windows_of(seq_length)
     source = open_source(config.model, load=None, seq_length=seq_length)

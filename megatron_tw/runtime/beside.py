@@ -3,7 +3,8 @@
     the rank     copies what lies on the GPU, forks -> trains on -> asks all ranks whether they are done -> finishes
     the process  writes the files -> makes their checksums -> leaves results and checksums in a temporary file
 
-The forked process sees the host's memory as it was, whatever the training does to its own.
+The forked process sees the host's memory as it was, whatever the training does to its own; but for what is pinned, as
+copies from a GPU are: that memory is shared, so the rank holds the copies until the process is done with them.
 """
 
 import os
@@ -37,6 +38,14 @@ class WriterBeside:
     def __init__(self, request: AsyncRequest, folder: Path) -> None:
         self._calls = AsyncCallsQueue()
         self._results = None
+        self._copies: Any = None
+        if (preload := request.preload_fn) is not None:
+
+            def preload_and_hold() -> Any:
+                self._copies = preload()
+                return self._copies
+
+            request = request._replace(preload_fn=preload_and_hold)
         if request.async_fn is not None:  # else this rank has nothing to write
             self._results, self._answer = request.async_fn_args[2], tempfile.TemporaryFile()  # noqa: SIM115
             write = partial(_write_beside, request.async_fn, folder, os.getpid(), self._answer)
@@ -66,6 +75,7 @@ class WriterBeside:
                 results = OSError(f"the process that wrote the files of rank {dist.get_rank()} was killed")
             self._results.put(results)
         self._calls.maybe_finalize_async_calls(blocking=True)
+        self._copies = None
         return digests
 
     def abandon(self) -> None:

@@ -133,6 +133,15 @@ class UnfinishedCheckpoint:
         if self.beside is not None:
             self.beside.abandon()
 
+    @contextmanager
+    def abandoned_on_error(self) -> Iterator[None]:
+        """Around what belongs to its beginning."""
+        try:
+            yield
+        except BaseException:
+            self.abandon()
+            raise
+
     def _give_its_name(self) -> None:
         _sync_folder(self.partial)
         if self.lock is not None:
@@ -197,7 +206,7 @@ def begin_checkpoint(
         iteration=state.iteration,
         lock=lock,
     )
-    with _whole_or_nothing(unfinished.partial, f"--save {save}: {directory.name}"):
+    with _whole_or_nothing(unfinished.partial, f"--save {save}: {directory.name}"), unfinished.abandoned_on_error():
         with _on_rank_0():
             if layout.rank == 0:
                 if lock is not None:

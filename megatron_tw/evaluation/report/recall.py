@@ -65,11 +65,14 @@ class Answers:
         return answers
 
     def within(self, result: EvaluationResult, file: Path) -> "Answers":
-        """The answers in the rows that were evaluated, `row` then counting these.
+        """The answers in the rows that were evaluated, `row` then counting these; those with a masked target are left
+        out.
 
         Raises:
-            ValueError: an answer ends beyond its row, or none is in the rows.
+            ValueError: the rows are packed, an answer ends beyond its row, or none is in the rows.
         """
+        if result.header.packed:
+            raise ValueError(f"--answers: {file}: expected an evaluation of rows of one document, got packed rows")
         if (end := int((self.position + self.tokens).max())) > result.header.seq_length:
             raise ValueError(
                 f"--answers: {file}: an answer ends at {end} tokens, but rows have {result.header.seq_length}"
@@ -80,9 +83,13 @@ class Answers:
         there = result.row_index[found] == self.row
         if not there.any():
             raise ValueError(f"--answers: {file}: no answer is in the rows that were evaluated")
-        return Answers(
+        inside = Answers(
             row=found[there], position=self.position[there], tokens=self.tokens[there], distance=self.distance[there]
         )
+        counts = inside.recalled(result.valid)
+        if not counts.any():
+            raise ValueError(f"--answers: {file}: every answer has a target that the rows' loss_mask leaves out")
+        return Answers(**{name: getattr(inside, name)[counts] for name in ARRAYS})
 
     def mask(self, shape: tuple[int, ...]) -> npt.NDArray[np.bool_]:
         """[R, T]: the targets that are tokens of answers."""
@@ -92,7 +99,7 @@ class Answers:
         return mask_RT
 
     def recalled(self, top1_RT: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-        """[A]: whether all tokens of the answer are first choices."""
+        """[A]: whether all tokens of the answer are first choices, or whatever else `top1_RT` says of targets."""
         spans = zip(self.row, self.position - 1, self.tokens, strict=True)
         return np.array([top1_RT[row, first : first + tokens].all() for row, first, tokens in spans])
 

@@ -64,6 +64,10 @@ def weights_of(result: EvaluationResult, schemes: Mapping[str, Scheme]) -> dict[
     assert result.short_nll is not None
     found = {}
     for name, scheme in schemes.items():
+        if result.header.packed and not scheme.by_document:
+            raise ValueError(
+                f"--weighting {name!r}: takes whole rows, an evaluation of packed rows has their documents one by one"
+            )
         try:
             scheme.check_rows(result.header.seq_length)
         except ValueError as error:
