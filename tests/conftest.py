@@ -17,6 +17,11 @@ torch.set_num_threads(1)
 share_fork_server()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: at the end one process would wait for it."""
+    items.sort(key=lambda item: "test_the_whole_job_runs" not in item.nodeid)
+
+
 @pytest.fixture(scope="session")
 def reference() -> Path:
     """Folder of numbers measured with the method's public reference implementation (see its README.md)."""

@@ -64,6 +64,7 @@ class _Watch(threading.Thread):
             self._store.set_timeout(timedelta(seconds=gone_seconds))
         self._main = threading.get_ident()
         self._beats = 0
+        self._store.set(f"beat/{self._rank}", "0")  # from now on it is missed
         self._seen: dict[int, tuple[bytes, float]] = {}
         """The last number of a rank, and when it was first seen, by this process's clock."""
 
