@@ -129,9 +129,9 @@ def test_wrong_answers_are_refused(tmp_path: Path) -> None:
         Answers.load(file).within(result([[1.0, 2.0, 3.0]], rows=[5]), file)
     nll = [[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0]]
     evaluated = result(nll, nll, rows=[1, 2])
-    evaluated.valid[0, 1] = False  # of the answer in row 1, which begins at position 1
+    evaluated.valid[0, 0] = False  # the answer in row 1
     assert Answers.load(file).within(evaluated, file).row.tolist() == [1]
-    evaluated.valid[1, 2] = False
+    evaluated.valid[1, 2] = False  # the end of the one in row 2
     with pytest.raises(ValueError, match="every answer has a target that the rows' loss_mask leaves out"):
         Answers.load(file).within(evaluated, file)
     packed = replace(evaluated, header=replace(evaluated.header, packed=True))
