@@ -30,11 +30,11 @@ while [ $# -gt 0 ]; do
 done
 
 if [ "$size" = full ]; then
-    modules=(argparse tarfile) module_bytes=24000                # act one
+    modules=(argparse tarfile) module_bytes=20000                # act one
     corpus_bytes=12000000 vocab=1408 hidden=128 layers=2 facts=6 # the documents and the model
     n=64 base_ranks=2 base_rows=32 base_steps=400                # base training: rows of n tokens, rows a step, steps
     N=1024 tp=2 stride=48 rows=4 steps=64 lr=5e-4 rope=200000    # extension; stride of the short windows
-    eval_rows=120 eval_ranks=2 eval_interval=16                  # evaluation; steps between held-out losses
+    eval_rows=100 eval_ranks=2 eval_interval=32                  # evaluation; steps between held-out losses
     schemes=(uniform dense sparse)
 else
     modules=(argparse) module_bytes=10000
