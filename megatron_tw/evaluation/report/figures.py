@@ -220,15 +220,15 @@ def draw_trade_off(
         style = {**styles[name], "markersize": 8, "linestyle": "none", "linewidth": 1}
         axes.errorbar(
             x, y, xerr=None if x_error is None else Z95 * x_error, yerr=None if y_error is None else Z95 * y_error,
-            capsize=2, **style,
+            capsize=2, label=name, **style,
         )  # fmt: skip
-        axes.annotate(name, (x, y), xytext=(7, 6), textcoords="offset points", color=INK, fontweight="bold")
     for axis, lower in zip((axes.xaxis, axes.yaxis), lower_is_better, strict=True):
         if lower:
             axis.set_inverted(True)
     axes.margins(0.25)
     axes.annotate("better \u2197", (0.98, 0.97), xycoords="axes fraction", ha="right", va="top", color=INK)
     axes.set(xlabel=short_label, ylabel=long_label)
+    show_models(axes)
     return finished(figure, "trade_off", "Long-context score against short-context score, a point a model")
 
 
