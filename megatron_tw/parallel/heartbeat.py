@@ -5,8 +5,8 @@
         looks: rank 0 at all numbers, the others at rank 0's; one that stands still is of a rank that is gone or stopped
         looks: at how long its own rank has been where `now_at` said last
 
-A start takes as long as it takes: a rank that has not counted yet is waited for (it may read its libraries from a cold
-disk), and so is one that loads a large checkpoint.
+A start takes its time: a rank that has not counted yet is waited for (START_SECONDS; it may read its libraries from a
+cold disk), and how long one loads a checkpoint is not judged.
 
 Who finds something writes it into the store, where the others read it; then all end. Collectives may never return from
 a rank that is gone: NCCL's do not always, and launchers on several nodes do not tell each other.
@@ -27,7 +27,7 @@ from megatron_tw.config.errors import tell
 from megatron_tw.parallel.contact import START, collective_of, now_at, place_of, progress, world_store
 from megatron_tw.parallel.launcher import end_process
 
-BEAT_SECONDS, GONE_SECONDS = 5.0, 40.0
+BEAT_SECONDS, GONE_SECONDS, START_SECONDS = 5.0, 40.0, 300.0
 _NAMED = 8
 
 
@@ -93,7 +93,8 @@ class _Watch(threading.Thread):
         self._beats += 1
         store.set(f"beat/{self._rank}", str(self._beats))
         if gone := self._gone():
-            self._find(f"no sign of life for {self._gone_seconds:.0f} s from {self._named(gone)}")
+            seconds = self._gone_seconds if self._seen[gone[0]][0] else START_SECONDS
+            self._find(f"no sign of life for {seconds:.0f} s from {self._named(gone)}")
         place, since = progress()
         if place != START and time.monotonic() - since > 60 * self._hang_minutes:
             self._find(self._hanging(place))
@@ -106,7 +107,7 @@ class _Watch(threading.Thread):
             number = self._store.get(key) if self._store.check([key]) else b""
             if rank not in self._seen or self._seen[rank][0] != number:
                 self._seen[rank] = number, now
-            elif number not in (b"", b"done") and now - self._seen[rank][1] > self._gone_seconds:
+            elif number != b"done" and now - self._seen[rank][1] > (self._gone_seconds if number else START_SECONDS):
                 gone.append(rank)
         return gone
 
