@@ -3,8 +3,9 @@
 A run's ranks are killed (SIGKILL: one of them, or all at once) at random moments from their start on, while they load,
 step and save, and the same command is started again, until the run is at its end. Then its losses must be bitwise those
 of a run that nobody killed, its rows the same in the same order; and after every kill the newest checkpoint must be
-whole and none may have gone. When one rank is killed after a step, the others must end by themselves, which is timed. Each case has
-a layout of its own; the ranks are CPU processes (gloo), forked from a server that has imported everything once.
+whole and none may have gone. When one rank is killed after a step, the others must end by themselves, which is timed.
+Each case has a layout of its own; the ranks are CPU processes (gloo), forked from a server that has imported everything
+once.
 
     tools/benchmarks/faults.py --moments 100
     tools/benchmarks/faults.py --moments 3 --cases "sparse weights"
