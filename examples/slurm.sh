@@ -5,8 +5,8 @@
 #
 # They run one after the other (singleton). Each goes on where the one before was stopped, by its time limit or by a
 # node that died; one that finds the run at its end is over at once. Ten minutes before the time limit Slurm sends SIGTERM:
-# the run then ends after its step, with a checkpoint, for which there are these ten minutes. The nodes share the storage; for networks see docs/launch.md.
-# NAME-JOB.log has what all ranks print, NAME-JOB.logs/ the same rank by rank.
+# the run then ends after its step, with a checkpoint; both must fit into these ten minutes. The nodes share the storage;
+# for networks see docs/launch.md. NAME-JOB.log has what all ranks print, NAME-JOB.logs/ the same rank by rank.
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
