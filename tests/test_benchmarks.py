@@ -36,7 +36,7 @@ def run(script: str, *options: str) -> str:
 def test_a_steps_parts_add_up(tmp_path: Path) -> None:
     file = tmp_path / "step.jsonl"
     sizes = "--hidden-size 64 --layers 1 --vocab-size 128 --seq-length 64 --short-window 16 --micro-batches 2"
-    printed = run("step.py", *sizes.split(), "--repetitions", "1", "--ranks", "1", "--output", str(file))
+    printed = run("step.py", *sizes.split(), "--repetitions", "5", "--ranks", "1", "--output", str(file))
     assert "TP 1 x PP 1 x CP 1 x DP 1" in printed
     figures = json.loads(file.read_text())
     assert figures["schemes"]["uniform"]["ratio"] == 1.0
@@ -44,8 +44,8 @@ def test_a_steps_parts_add_up(tmp_path: Path) -> None:
         parts = scheme["parts"]
         assert (parts["scoring"] > 0) == (name != "uniform")
         assert min(parts[part] for part in ("forward", "backward", "optimizer", "communication")) > 0, name
-        # A step that was clocked and one that was not, of a few milliseconds each: another process may hold up either.
-        assert sum(parts.values()) / scheme["step_seconds"] > 0.001, name
+        # Steps of the same work, clocked and not, and each of a few milliseconds: only the magnitude is the same.
+        assert 0.1 < sum(parts.values()) / scheme["step_seconds"] < 10, name
 
 
 def test_time_within_a_part_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,14 +10,13 @@ from programs import Answer, Programs
 
 from tools import fuzz
 
-CASES = 30
 
-
-def test_no_damage_goes_unseen(programs: Programs, tmp_path: Path) -> None:
-    verdicts = fuzz.fuzz(range(CASES), programs, tmp_path)
+@pytest.mark.parametrize("cases", [range(30), pytest.param(range(30, 60), marks=pytest.mark.full)], ids=str)
+def test_no_damage_goes_unseen(cases: range, programs: Programs, tmp_path: Path) -> None:
+    verdicts = fuzz.fuzz(cases, programs, tmp_path)
     assert [verdict for verdict in verdicts if verdict.fault is not None] == []
     assert {verdict.kind for verdict in verdicts} == set(fuzz.READINGS)
-    assert sum(verdict.outcome == "refused" for verdict in verdicts) > CASES / 2
+    assert sum(verdict.outcome == "refused" for verdict in verdicts) > len(cases) / 2
     assert list(tmp_path.glob("case_*")) == []
 
 

@@ -17,9 +17,10 @@ from test_launch import ROOT, environment
 from megatron_tw.parallel.devices import prepare_device
 
 
-def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [[], pytest.param(["loss"], marks=pytest.mark.full)], ids=str)
+def test_it_runs_on_a_cpu(more: list[str], tmp_path: Path) -> None:
     script = str(ROOT / "tools" / "benchmarks" / "gpu_check.py")
-    only = ["environment", "attention", "layers"]
+    only = ["environment", "attention", "layers", *more]
     done = subprocess.run(
         [sys.executable, script, "--toy", "--output", str(tmp_path), "--only", *only],
         env=environment(), capture_output=True, text=True, timeout=1200, check=False,

@@ -78,13 +78,18 @@ def tied(tmp_path_factory) -> Path:
     return folder
 
 
-def test_tied_embeddings_learn_alike_in_every_layout(tied, ranks, reference_data):
+@pytest.mark.parametrize(
+    "layouts",
+    [[Axes(tp=2), Axes(pp=2), Axes(pp=2, vpp_layers=1)], pytest.param([Axes(tp=2, pp=2)], marks=pytest.mark.full)],
+    ids=["2 ranks", "4 ranks"],
+)
+def test_tied_embeddings_learn_alike_in_every_layout(layouts, tied, ranks, reference_data):
     def run(axes: Axes) -> dict[str, list[float]]:
         config = options(axes, reference_data, weighting=DENSE, model=ModelConfig(load_hf=str(tied)), train=SHORT_RUN)
         return ranks(axes.world_size).run(run_steps, axes, [config])[0][0]
 
     expected = run(Axes())
-    for axes in (Axes(tp=2), Axes(pp=2), Axes(pp=2, vpp_layers=1)):
+    for axes in layouts:
         metrics = run(axes)
         for key in METRICS:
             np.testing.assert_allclose(metrics[key], expected[key], rtol=RELATIVE, err_msg=f"{axes.name} {key}")
