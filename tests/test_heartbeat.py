@@ -9,19 +9,20 @@ from collections.abc import Iterator
 
 import pytest
 from test_launch import ROOT, environment
+from torch.distributed import TCPStore
 
 SECONDS = 60
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextlib.contextmanager
 def two_ranks(how: str) -> Iterator[list[subprocess.Popen[str]]]:
-    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun keeps it: outside the ranks
+    variables = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
     ranks = [
         subprocess.Popen(
             [sys.executable, str(ROOT / "tests" / "heartbeat_rank.py"), how],

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_heartbeat import free_port
 from test_kills import steps_of, wait_for
 from test_launch import SCRIPT, environment, overrides, rows
 from test_training import metrics_of
@@ -18,6 +18,12 @@ from test_training import metrics_of
 __all__ = ["rows"]  # a fixture of test_launch
 MINUTE = 60
 STEPS = 12
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

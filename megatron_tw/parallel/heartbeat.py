@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -45,8 +46,11 @@ def watched(
     watch.start()
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         watch.over.set()  # its number stands still from now on: who waits for this rank ends as well
+        if isinstance(error, RuntimeError) and watch.is_told():
+            watch.join(gone_seconds)  # it may be the one that tells
+            end_process()  # a collective with a rank that has told why it ends, and ended: there is no more to say
         raise
     watch.leave()
 
@@ -75,6 +79,12 @@ class _Watch(threading.Thread):
         with suppress(RuntimeError):
             self._store.set(f"beat/{self._rank}", "done")
 
+    def is_told(self) -> bool:
+        """Whether a rank has found why the job ends."""
+        with suppress(RuntimeError):
+            return self._store.check(["verdict"])
+        return False
+
     def run(self) -> None:
         answered = time.monotonic()
         while not self.over.wait(self._beat_seconds):
@@ -82,14 +92,16 @@ class _Watch(threading.Thread):
                 self._beat()
                 answered = time.monotonic()
             except RuntimeError as error:  # the store is gone, with the launcher or the rank that kept it, or slow
-                if time.monotonic() - answered > self._gone_seconds:
+                if time.monotonic() - answered > self._gone_seconds and not self.over.is_set():
                     reason = str(error).partition("\n")[0][:100]
-                    self._end(f"the store of the ranks has not answered for {self._gone_seconds:.0f} s ({reason})")
+                    waited = f"for {self._gone_seconds:.0f} s ({reason})"
+                    tell(f"error: the store of the ranks has not answered {waited}; the job ends")
+                    end_process()
 
     def _beat(self) -> None:
         store = self._store
-        if store.check(["verdict"]):
-            self._end(None)
+        if self.is_told():
+            self._end_after_who_tells()
         self._beats += 1
         store.set(f"beat/{self._rank}", str(self._beats))
         if gone := self._gone():
@@ -146,19 +158,16 @@ class _Watch(threading.Thread):
         return ", ".join(said) + (f" and {len(ranks) - _NAMED} more" if len(ranks) > _NAMED else "")
 
     def _find(self, verdict: str) -> None:
-        first = self._store.add("verdicts", 1) == 1
-        if first:
-            self._store.set("verdict", verdict)
-        self._end(verdict if first else None)
-
-    def _end(self, verdict: str | None) -> None:
-        """verdict: what this rank tells; None where another one does."""
         if self.over.is_set():
             return
-        if verdict is not None:
-            tell(f"error: {verdict}; the job ends")
-        else:
-            time.sleep(self._beat_seconds)  # the launcher ends the job at the first rank that leaves: who tells
+        if self._store.add("verdicts", 1) > 1:
+            self._end_after_who_tells()
+        self._store.set("verdict", verdict)
+        tell(f"error: {verdict}; the job ends")
+        end_process()
+
+    def _end_after_who_tells(self) -> NoReturn:
+        time.sleep(self._beat_seconds)  # the launcher ends the job at the first rank that leaves
         end_process()
 
 
