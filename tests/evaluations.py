@@ -1,7 +1,8 @@
 """Evaluations on gloo ranks, and models and data small enough for them."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tiny import BOS, Axes, make_folder, prepare_ready_rows
 
 from megatron_tw.config import parse_options
 from megatron_tw.config.evaluation import EvaluationConfig
+from megatron_tw.evaluation.kept import Kept
 from megatron_tw.evaluation.program import evaluate
 from megatron_tw.evaluation.results import Results
 from megatron_tw.parallel.layout import destroy_layout
@@ -36,6 +38,45 @@ def run_evaluation(options: Sequence[str]) -> str | None:
     finally:
         destroy_layout()
         gc.collect()
+
+
+@contextmanager
+def counted_passes(stop_after: int | None) -> Iterator[list[str]]:
+    """On a rank: the parts that are written; the evaluation dies at the one after `stop_after` of them."""
+    written: list[str] = []
+    real = Kept.write
+
+    def write(self: Kept, part: str, arrays: Any) -> None:
+        if stop_after is not None and len(written) == stop_after:
+            raise RuntimeError("killed")
+        real(self, part, arrays)
+        written.append(part)
+
+    Kept.write = write  # type: ignore[method-assign]
+    try:
+        yield written
+    finally:
+        Kept.write = real  # type: ignore[method-assign]
+
+
+def run(options: Sequence[str], stop_after: int | None = None) -> list[str]:
+    """On a rank: an evaluation, killed after some parts; the parts that it wrote."""
+    with counted_passes(stop_after) as written:
+        try:
+            run_evaluation(options)
+        except RuntimeError:
+            assert stop_after is not None
+    return written
+
+
+def content(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".npz":
+            found |= {f"{file.name} {name}": array.tobytes() for name, array in np.load(file).items()}
+        else:
+            found[file.name] = file.read_text()
+    return found
 
 
 def values(folder: Path) -> dict[tuple[str, str], float | None]:

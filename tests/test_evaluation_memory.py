@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from evaluations import run_evaluation
 from tiny import BOS, make_folder, prepare_ready_rows
 from torch import Tensor
@@ -47,4 +48,23 @@ def test_never_more_logits_than_a_chunk(ranks, tmp_path: Path) -> None:
     ]  # fmt: skip
     (held,) = ranks(1).run(evaluated, options)
     assert held["logits"] == CHUNK
+    assert held["peak"] < ROW_OF_LOGITS / 2
+
+
+def test_prompts_need_no_more(ranks, tmp_path: Path) -> None:
+    """RULER's exactness, and tasks of the harness by log-likelihoods."""
+    pytest.importorskip("lm_eval")
+    from test_harness import make_word_model
+    from test_harness_suites import make_data
+
+    model = make_word_model(
+        tmp_path / "model", vocab_size=VOCAB, max_position_embeddings=N, num_hidden_layers=1, hidden_size=32, head_dim=8
+    )
+    options = [
+        "--tasks=niah_single_1,longbench2", f"--load-hf={model}", f"--ruler-lengths={N}", "--ruler-samples=2",
+        f"--eval-data={make_data(tmp_path / 'data')}", "--eval-limit=1", f"--loss-chunk-tokens={CHUNK}",
+        f"--output={tmp_path / 'out'}",
+    ]  # fmt: skip
+    (held,) = ranks(1).run(evaluated, options)
+    assert 0 < held["logits"] <= CHUNK
     assert held["peak"] < ROW_OF_LOGITS / 2

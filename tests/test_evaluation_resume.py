@@ -1,17 +1,22 @@
 """An evaluation that is cut off goes on where it stopped, with the same result."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from evaluations import flags_of, make_likely_rows, make_near_model, make_sharp_model, run_evaluation
+from evaluations import (
+    content,
+    counted_passes,
+    flags_of,
+    make_likely_rows,
+    make_near_model,
+    make_sharp_model,
+    run,
+    run_evaluation,
+)
 from tiny import Axes
 
 from megatron_tw.evaluation import kept as kept_module
-from megatron_tw.evaluation.kept import Kept
 
 N, ROWS = 64, 5
 
@@ -31,45 +36,6 @@ def options(world: Path, output: Path, *more: str) -> list[str]:
         f"--load-hf={world / 'model'}", "--longppl-context=16", "--longppl-stride=8", "--short-window=16",
         f"--longppl-evaluator={world / 'other'}", *more,
     ]  # fmt: skip
-
-
-@contextmanager
-def counted_passes(stop_after: int | None) -> Iterator[list[str]]:
-    """On a rank: the parts that are written; the evaluation dies at the one after `stop_after` of them."""
-    written: list[str] = []
-    real = Kept.write
-
-    def write(self: Kept, part: str, arrays: Any) -> None:
-        if stop_after is not None and len(written) == stop_after:
-            raise RuntimeError("killed")
-        real(self, part, arrays)
-        written.append(part)
-
-    Kept.write = write  # type: ignore[method-assign]
-    try:
-        yield written
-    finally:
-        Kept.write = real  # type: ignore[method-assign]
-
-
-def run(options: Sequence[str], stop_after: int | None = None) -> list[str]:
-    """On a rank: an evaluation, killed after some parts; the parts that it wrote."""
-    with counted_passes(stop_after) as written:
-        try:
-            run_evaluation(options)
-        except RuntimeError:
-            assert stop_after is not None
-    return written
-
-
-def content(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for file in sorted(folder.iterdir()):
-        if file.suffix == ".npz":
-            found |= {f"{file.name} {name}": array.tobytes() for name, array in np.load(file).items()}
-        else:
-            found[file.name] = file.read_text()
-    return found
 
 
 def test_going_on_gives_the_same(world, ranks, tmp_path):

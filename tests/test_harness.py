@@ -29,9 +29,9 @@ MAX_LENGTH = 40
 WORDS = [f"w{number}" for number in range(60)]
 
 
-def make_word_model(folder: Path) -> Path:
+def make_word_model(folder: Path, **changes: Any) -> Path:
     """A tiny Llama with a tokenizer of 60 words that begins texts with BOS."""
-    make_folder("llama", folder, num_hidden_layers=2, vocab_size=64)
+    make_folder("llama", folder, **{"num_hidden_layers": 2, "vocab_size": 64, **changes})
     vocabulary = {"<pad>": 0, "<s>": BOS, "</s>": 2, "<unk>": 3} | {word: 4 + i for i, word in enumerate(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -7,12 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from evaluations import flags_of, run_evaluation, values
+from evaluations import content, flags_of, run, run_evaluation, values
 from test_harness import WORDS, make_word_model
-from tiny import Axes
+from tiny import Axes, prepare_ready_rows
 
 pytest.importorskip("lm_eval")
 
@@ -25,6 +26,7 @@ from megatron_tw.evaluation.harness.datasets import files_of
 from megatron_tw.evaluation.harness.generation import REQUESTS_PER_PART, hugging_face_lm
 from megatron_tw.evaluation.harness.suites import SUITES, found, load_tasks
 from megatron_tw.evaluation.kept import Kept
+from megatron_tw.evaluation.results import Results
 
 TASKS = Path(lm_eval.tasks.__file__).parent
 LONGBENCH = [package for package in SUITES[2].needs if importlib.util.find_spec(package) is None]
@@ -140,6 +142,46 @@ def test_mmlu_with_five_shots(world, ranks, tmp_path):
     loaded.set_config(key="num_fewshot", value=5)
     (text, *_) = (doc for doc in [loaded.fewshot_context(loaded.dataset["test"][0], 5)])
     assert str(text).count("Answer:") == 6
+
+
+@pytest.mark.parametrize("axes", [Axes(), pytest.param(Axes(dp=2), marks=pytest.mark.full)], ids=lambda axes: axes.name)
+def test_multiple_choice_that_is_cut_off_goes_on(axes, world, ranks, tmp_path):
+    def of(output: str) -> list[str]:
+        return options(world, tmp_path / output, "--tasks=longbench2", "--micro-batch-size=2", *flags_of(axes))
+
+    whole = [part for written in ranks(axes.world_size).run(run, of("whole")) for part in written]
+    made = [part for written in ranks(axes.world_size).run(run, of("cut"), 2) for part in written]
+    assert len(made) == 2 < len(whole)
+    made += [part for written in ranks(axes.world_size).run(run, of("cut")) for part in written]
+    assert made == whole, "no part is made twice"
+    assert content(tmp_path / "cut") == content(tmp_path / "whole")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("suite", [SUITES[1], SUITES[2]], ids=lambda suite: suite.name)
+def test_suites_that_generate_as_a_whole(suite, world, ranks, tmp_path):
+    """From the options to the output's records, beside a loss that needs the parallel model; cut off once."""
+    if suite.name == "longbench" and LONGBENCH:
+        pytest.skip(f"LongBench's metrics need {', '.join(LONGBENCH)}")
+    model = make_word_model(tmp_path / "model", max_position_embeddings=2048)
+    rows = prepare_ready_rows(np.arange(2 * 2048).reshape(2, 2048) % 60 + 4, tmp_path / "rows")
+
+    def of(output: str) -> list[str]:
+        return options(
+            world, tmp_path / output, f"--tasks={suite.name},loss", f"--load-hf={model}", "--seq-length=2048",
+            f"--data-path={rows}",
+        )  # fmt: skip
+
+    (whole,) = ranks(1).run(run, of("whole"))
+    (made,) = ranks(1).run(run, of("cut"), 2)
+    (rest,) = ranks(1).run(run, of("cut"))
+    assert [*made, *rest] == whole
+    assert content(tmp_path / "cut") == content(tmp_path / "whole")
+    found = [record for record in Results.load(tmp_path / "whole").records if record.suite == suite.name]
+    assert len({record.task for record in found}) > len(
+        parts_of({"bbh": "bbh/cot_fewshot"}.get(suite.name, suite.name))
+    )
+    assert all(record.value is not None for record in found)
 
 
 def generate(world: Path, output: Path) -> None:

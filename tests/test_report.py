@@ -178,10 +178,10 @@ def test_ruler_averages_are_over_the_tasks_that_all_have() -> None:
 
 def test_needles_are_counted_by_depth_and_length() -> None:
     samples = [
-        Sample(task="a", length=8, index=0, depths=(0.05, 0.97), scores=(1.0, 0.0)),
-        Sample(task="a", length=8, index=1, depths=(0.0, 1.0), scores=(0.5,)),  # one score for both
-        Sample(task="a", length=4, index=0, depths=(0.5,), scores=(1.0,)),
-        Sample(task="vt", length=4, index=0, depths=(), scores=(0.0,)),
+        Sample(task="niah_single_1", length=8, index=0, depths=(0.05, 0.97), scores=(1.0, 0.0)),
+        Sample(task="niah_single_1", length=8, index=1, depths=(0.0, 1.0), scores=(0.5,)),  # one score for both
+        Sample(task="niah_single_1", length=4, index=0, depths=(0.5,), scores=(1.0,)),
+        Sample(task="vt", length=4, index=0, depths=(0.2,), scores=(0.0,)),  # no needle
     ]
     found = needle_map("x", samples)
     assert found is not None

@@ -194,7 +194,7 @@ def test_the_published_texts() -> None:
     assert re.fullmatch(r" [A-Z]{5}( [A-Z]{5}){4}", chain.completion)
 
     common = Examples("cwe", LENGTH, words, Texts()).example(0)
-    solved, problem = common.text.split("list are: ", 1)
+    solved, problem = common.text.split("list are:1. ", 1)  # without a space, as RULER joins it
     assert solved.startswith("Below is a numbered list of words. In these words, some appear more often than others.")
     assert len(re.findall(r"\d+\. ", solved)) == 10 * 3 + 10  # 20 words, of which 10 stand there three times
     assert set(Counter(re.findall(r"\d+\. (\w+)", problem[problem.index("Below") :])).values()) == {1, 6}
@@ -253,8 +253,11 @@ def test_what_is_too_short_is_refused(texts: Texts) -> None:
     )
     examples = Examples("qa_1", 256, Words(), Texts(squad=uneven))
     assert "red" in examples.example(0).text
-    with pytest.raises(ValueError, match=r"^qa_1 in 256 tokens: example 1: expected at least \d+ tokens, got 256"):
-        examples.example(1)
+    examples.check(1)
+    too_long = r"^qa_1 in 256 tokens: example 1: expected at least \d+ tokens, got 256"
+    for refused in (examples.example, lambda place: examples.check(place + 1)):
+        with pytest.raises(ValueError, match=too_long):
+            refused(1)
     with pytest.raises(ValueError, match="niah_single_2: needs --ruler-essay"):
         Examples("niah_single_2", LENGTH, Words(), Texts())
 

@@ -2,17 +2,27 @@
 suite `ruler` from the command line, in both ways of scoring."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from evaluations import content, flags_of, run
 from programs import Programs
 from tiny import BOS, TINY_LLAMA, Axes, layout_of, load_tiny, make_folder
 
+from megatron_tw.config import RunConfig, parse_options
+from megatron_tw.data.tokenizer import load_tokenizer
 from megatron_tw.evaluation.results import Results
 from megatron_tw.evaluation.ruler.exactness import Forward
+from megatron_tw.evaluation.ruler.generation import generate
+from megatron_tw.evaluation.ruler.prompt import Prompt
 from megatron_tw.evaluation.ruler.rows import Row
+from megatron_tw.evaluation.ruler.scoring import Work, first_tokens, ruler_exactness
+from megatron_tw.evaluation.ruler.tasks import Examples, Texts
 from megatron_tw.parallel.devices import prepare_device
+from megatron_tw.training.ruler import ruler_metrics
+from tools.benchmarks.ruler_smollm2 import begins_with_gold
 
 LAYOUTS = (Axes(), Axes(tp=2), Axes(cp=2), Axes(pp=2), Axes(dp=2), Axes(tp=2, cp=2))
 
@@ -133,6 +143,118 @@ def test_generation_by_lm_evaluation_harness(world: Path, programs: Programs) ->
     record = Results.load(world / "generated").records[0]
     assert (record.task, record.metric, record.samples) == ("niah_single_1", "string_match", 2)
     assert [line["metric"] for line in samples_of(world / "generated")] == ["string_match"] * 2
+
+
+@pytest.mark.parametrize(
+    ("scoring", "axes", "parts"),
+    [
+        ("exactness", Axes(), 6),
+        ("exactness", Axes(dp=2), 4),
+        pytest.param("exactness", Axes(pp=2), 6, marks=pytest.mark.full),
+        pytest.param("exactness", Axes(tp=2, cp=2), 6, marks=pytest.mark.full),
+        ("generation", Axes(), 2),
+    ],
+    ids=lambda value: value.name if isinstance(value, Axes) else str(value),
+)
+def test_what_is_cut_off_goes_on(scoring: str, axes: Axes, parts: int, world: Path, ranks, tmp_path: Path) -> None:
+    if scoring == "generation":
+        pytest.importorskip("lm_eval")
+    essay = tmp_path / "essay.txt"
+    essay.write_text("It was not so. " * 400)
+
+    def options(output: str, axes: Axes = axes) -> list[str]:
+        return [
+            f"--load-hf={world / 'model'}", "--tasks=niah_single_1,niah_single_2", "--ruler-lengths=640",
+            "--ruler-samples=3", f"--ruler-scoring={scoring}", f"--ruler-essay={essay}",
+            f"--output={tmp_path / output}", *flags_of(axes),
+        ]  # fmt: skip
+
+    whole = [part for written in ranks(axes.world_size).run(run, options("whole")) for part in written]
+    assert len(whole) == parts
+    made = [part for written in ranks(axes.world_size).run(run, options("cut"), 1) for part in written]
+    assert len(made) == 1
+    assert not (tmp_path / "cut").exists()
+    text = essay.read_text()
+    essay.write_text(text + "But why?")
+    with pytest.raises(ValueError, match=r"another evaluation that was cut off: ruler_essay: [0-9a-f]{16} -> [0-9a-f]"):
+        ranks(axes.world_size).run(run, options("cut"))
+    essay.write_text(text)
+    made += [part for written in ranks(axes.world_size).run(run, options("cut")) for part in written]
+    assert made == whole, "no part is made twice"
+    assert content(tmp_path / "cut") == content(tmp_path / "whole")
+    if axes.world_size > 1:
+        ranks(1).run(run, options("one", Axes()))
+        assert samples_of(tmp_path / "one") == samples_of(tmp_path / "whole"), "as on one rank"
+
+
+class WithGold(Examples):
+    """Examples whose gold completions are given."""
+
+    golds: list[str]
+
+    def example(self, index: int) -> Prompt:
+        gold = self.golds[index]
+        return replace(super().example(index), completion=f" {gold}", spans=((1, len(gold) + 1),), answers=(gold,))
+
+
+def work_with(golds: list[str], model: Path) -> Work:
+    tokenizer = load_tokenizer(model)
+    begin = first_tokens(None, tokenizer)
+    examples = WithGold("niah_single_1", 640, tokenizer, Texts(), first_tokens=len(begin))
+    examples.golds = golds
+    return Work(
+        examples=(examples,), not_run={}, lengths=(640,), samples=len(golds), tokenizer=tokenizer, first_ids=begin
+    )
+
+
+def said_by(model: Path) -> list[str]:
+    """On a rank: what transformers generates."""
+    from lm_eval.api.registry import get_model
+
+    lm = get_model("hf")(pretrained=str(model), dtype="float32", device="cpu", batch_size=1)
+    (examples,) = work_with([""] * 4, model).examples
+    return generate(lm, examples, 4)
+
+
+def exact_of(axes: Axes, golds: list[str], model: Path) -> tuple[dict[str, float], list[bool] | None]:
+    """On a rank: what training tells, and of each example whether it is exact."""
+    options = "--seq-length=640 --data-path=x --train-iters=1 --lr=1 --global-batch-size=2"
+    config = parse_options([*options.split(), f"--load-hf={model}", *flags_of(axes)], RunConfig)
+    work = work_with(golds, model)
+    with layout_of(axes) as layout:
+        _, chunks = load_tiny(axes, layout, model)
+        told = ruler_metrics(work, chunks, config, layout, prepare_device())
+        forward = Forward(
+            chunks=chunks,
+            layout=layout,
+            device=prepare_device(),
+            sequence_parallel=axes.tp > 1,
+            micro_batch_size=1,
+        )
+        flags = ruler_exactness(forward, work.examples[0], work)
+    return told, None if flags is None else [bool(exact) for exact in flags["exact"]]
+
+
+def test_both_ways_agree(ranks, tmp_path: Path) -> None:
+    """A completion is exact if and only if greedy generation begins with its tokens. The gold answers are what the
+    model says, every other one with another third word."""
+    pytest.importorskip("lm_eval")
+    from test_harness import make_word_model
+
+    model = make_word_model(tmp_path / "model", max_position_embeddings=1024)
+    (said,) = ranks(1).run(said_by, model)
+    first = [text.split()[:3] for text in said]
+    for words in first[1::2]:
+        words[2] = "w1" if words[2] == "w2" else "w2"
+    golds = [" ".join(words) for words in first]
+    work = work_with(golds, model)
+    begins = [begins_with_gold(work.examples[0].example(place), f" {text}", work) for place, text in enumerate(said)]
+    assert begins == [True, False, True, False]
+    for axes in (Axes(), Axes(tp=2), Axes(pp=2), Axes(dp=2)):
+        for told, exact in ranks(axes.world_size).run(exact_of, axes, golds, model):
+            assert exact in (begins, None)
+            assert (exact is None) <= (axes.pp > 1)
+            assert told == {"ruler_niah_single_1": 0.5}
 
 
 def test_training_reports_exactness(world: Path, programs: Programs) -> None:

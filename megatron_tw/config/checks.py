@@ -200,12 +200,13 @@ def check_packed(
 
 def check_windows(windows: WindowsConfig, seq_length: int) -> None:
     """The short windows of a row of `seq_length` tokens, or that without them there is no stride."""
+    _at_least(1, scoring_micro_batch=windows.scoring_micro_batch)
     decided = windows.of_rows(seq_length)
     if decided is None:
         _require(windows.short_stride is None, "--short-stride: expected --short-window with it, got none")
         return
     window, stride, least = decided.tokens, decided.stride, decided.least_context
-    _at_least(1, short_stride=windows.short_stride, scoring_micro_batch=windows.scoring_micro_batch)
+    _at_least(1, short_stride=windows.short_stride)
     _require(
         2 <= window <= seq_length, f"--short-window: expected 2 to {seq_length}, the tokens of a row, got {window}"
     )

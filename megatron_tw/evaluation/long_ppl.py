@@ -15,7 +15,6 @@ are compared:
     CACHE/KEY.npz   key [R, T] bool packed by eight, rows, targets; KEY: of rows, evaluator, settings
 """
 
-import gc
 import hashlib
 import io
 import json
@@ -286,9 +285,6 @@ class _NamedEvaluator(NeedsOtherModel):
         raise_together(error)
         del chunks
         destroy_layout()
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _cached(self) -> bool:
         """Whether the cache has the key tokens, as rank 0 sees it."""

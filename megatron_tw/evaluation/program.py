@@ -14,6 +14,7 @@ from megatron_tw.evaluation.kept import Kept
 from megatron_tw.evaluation.results import Results, as_lines
 from megatron_tw.evaluation.summary import summarize
 from megatron_tw.evaluation.tasks import Found, Model, NeedsOtherModel, Run, Setting, WithoutModel, prepare
+from megatron_tw.parallel.devices import free_memory
 from megatron_tw.runtime.fingerprint import model_fingerprint
 from megatron_tw.runtime.lock import hold_folder
 from megatron_tw.runtime.opening import join_world, open_model
@@ -21,7 +22,9 @@ from megatron_tw.runtime.source import open_source
 
 NO_SETTINGS = ("output", "load", "load_hf", "verify_checkpoint", "distributed_timeout_minutes")
 """Options on which no figure depends, or that the results name already."""
-NO_PARTS = (*NO_SETTINGS, "tasks", "data_path", "key_tokens", "longppl_evaluator", "longppl_cache", "eval_data")
+TEXTS = ("ruler_essay", "ruler_squad", "ruler_hotpotqa")
+"""Files: the digest of what a suite read of them stands for them."""
+NO_PARTS = (*NO_SETTINGS, "tasks", "data_path", "key_tokens", "longppl_evaluator", "longppl_cache", "eval_data", *TEXTS)
 """Options on which no part of an evaluation that was cut off depends, or whose content counts, not their name."""
 
 
@@ -82,31 +85,35 @@ def evaluate(config: EvaluationConfig) -> Evaluation | None:
     runs = [prepare(suite, setting, names) for suite, names in options.by_suite().items()]
     facts = {"model": model_fingerprint(source), "world_size": dist.get_world_size(), **setting.facts}
     kept = Kept(options.output, {**settings_of(config, NO_PARTS), **facts})
+    texts = {name: fact for name, fact in setting.facts.items() if name in TEXTS}
     kept.check()
     with hold_folder(kept.folder, f"--output {options.output}"):
-        for run in runs:
+        without: dict[int, Found] = {}
+        for number, run in enumerate(runs):  # one model at a time is loaded
             if isinstance(run, NeedsOtherModel):
                 run.use_other_model(kept)
+            elif isinstance(run, WithoutModel):
+                without[number] = run(kept)
+            free_memory()
         model = None
-        if not all(isinstance(run, WithoutModel) for run in runs):
+        if len(without) < len(runs):
             layout, chunks = open_model(source, config.parallel, config.compute, device)
             model = Model(config, source, layout, chunks, device, kept)
-        found = tuple(_run(run, model, kept) for run in runs)
+        found = tuple(without[number] if number in without else _run(run, model) for number, run in enumerate(runs))
     if model is not None and not model.writes:
         return None
     results = Results(
         model=source.name,
         layout=model.layout.describe() if model is not None else "one process",
         tokenizer_fingerprint=fingerprint_of(source.tokenizer_dir) if source.tokenizer_dir is not None else None,
-        settings=settings_of(config, NO_SETTINGS),
+        settings={**settings_of(config, (*NO_SETTINGS, *TEXTS)), **texts},
         records=tuple(record for part in found for record in part.records),
     )
     return Evaluation(config, results, found, kept)
 
 
-def _run(run: Run | WithoutModel, model: Model | None, kept: Kept) -> Found:
-    if isinstance(run, WithoutModel):
-        return run(kept)
+def _run(run: Run | WithoutModel, model: Model | None) -> Found:
+    assert not isinstance(run, WithoutModel)
     assert model is not None
     return run(model)
 

@@ -93,11 +93,11 @@ class NeedsOtherModel(ABC):
 
 
 class WithoutModel(ABC):
-    """A `run` that asks for no parallel model."""
+    """A `run` that asks for no parallel model. It runs before one is loaded for others."""
 
     @abstractmethod
     def __call__(self, kept: Kept) -> Found:
-        """In a world of one rank."""
+        """In a world of one rank. What is loaded is gone again when this returns."""
 
 
 Run = Callable[[Model], Found]

@@ -5,6 +5,7 @@ meaning. On both, faults of its distributed optimizer are mended (mends.py). Not
 """
 
 import functools
+import gc
 import os
 import warnings
 from collections.abc import Callable
@@ -130,6 +131,13 @@ def synchronize() -> None:
     """Wait for the device's queue, so that a clock read afterwards tells the truth. Nothing to wait for on a CPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def free_memory() -> None:
+    """Give back what nobody refers to any more, to the device too: before another model is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def adapt_megatron_to_cpu() -> None:

@@ -44,6 +44,9 @@ class Speed:
     def minus(self, other: "Speed") -> "Speed":
         return Speed(self.processor - other.processor, self.wall - other.wall)
 
+    def plus(self, other: "Speed") -> "Speed":
+        return Speed(self.processor + other.processor, self.wall + other.wall)
+
 
 def processor_seconds() -> float:
     """Of this process and of those that it started and that have ended."""
@@ -138,10 +141,15 @@ def main(argv: Sequence[str]) -> None:
     for workers, found in ours.items():
         pairs = list(zip(library, found, strict=True))
         a_core = [alone.processor / speed.processor for alone, speed in pairs]
+        started = median(
+            alone.processor / speed.plus(start).processor
+            for alone, speed, start in zip(library, found, starts[workers], strict=True)
+        )
         by_the_clock = median(alone.wall / speed.wall for alone, speed in pairs)
         print(
             f"--workers {workers}: {median(a_core):.2f} of it a core (rounds: {min(a_core):.2f} to {max(a_core):.2f}), "
-            f"{by_the_clock:.2f} by the clock; start {median(one.processor for one in starts[workers]):.1f} s"
+            f"{started:.2f} with its start ({median(one.processor for one in starts[workers]):.1f} s), "
+            f"{by_the_clock:.2f} by the clock"
         )
 
 

@@ -1,5 +1,5 @@
-"""lm_eval's own Hugging Face model, for tasks that generate; what it has said is kept, so that a long evaluation goes
-on where it stopped."""
+"""lm_eval's own models, for tasks that generate; what they have said is kept, so that a long evaluation goes on where
+it stopped."""
 
 import hashlib
 import json
@@ -25,30 +25,8 @@ def hugging_face_lm(folder: Path, config: EvaluationConfig, *, max_length: int, 
     import torch
     from lm_eval.models.huggingface import HFLM
 
-    class KeptHFLM(HFLM):
-        """Goes through the requests in portions, the longest prompts first."""
-
-        def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-            kept.begin()
-            digest = hashlib.sha256(json.dumps([one.args for one in requests], sort_keys=True).encode()).hexdigest()
-            order = sorted(range(len(requests)), key=lambda index: (-len(requests[index].args[0]), index))
-            portions = [order[at : at + REQUESTS_PER_PART] for at in range(0, len(order), REQUESTS_PER_PART)]
-            answers: dict[int, str] = {}
-            missing = [n for n in range(len(portions)) if not kept.has(_part(name, digest, n))]
-            with Progress(name, sum(len(portions[n]) for n in missing), "requests", show=True) as progress:
-                for number, portion in enumerate(portions):
-                    part = _part(name, digest, number)
-                    if number in missing:
-                        said = super().generate_until([requests[index] for index in portion], disable_tqdm=True)
-                        content = np.frombuffer(json.dumps(said).encode(), dtype=np.uint8)
-                        kept.write(part, {"answers": content})
-                        progress.update(len(portion))
-                    said = json.loads(kept.read(part)["answers"].tobytes())
-                    answers |= dict(zip(portion, said, strict=True))
-            return [answers[index] for index in range(len(requests))]
-
     on_gpu = torch.cuda.is_available()
-    return KeptHFLM(
+    return keeping(HFLM, kept, name)(
         pretrained=str(folder),
         device="cuda" if on_gpu else "cpu",
         dtype="bfloat16" if config.compute.bf16 else "float32",
@@ -58,5 +36,32 @@ def hugging_face_lm(folder: Path, config: EvaluationConfig, *, max_length: int, 
     )
 
 
-def _part(name: str, digest: str, number: int) -> str:
-    return f"{name}-{digest[:16]}-{number:06d}"
+def keeping(model_class: Any, kept: Kept, name: str) -> Any:
+    """A class of lm_eval's models, as one that keeps what it has said, under `kept_name`, at first `name`."""
+
+    class KeepingLM(model_class):  # type: ignore[misc]
+        """Goes through the requests in portions, the longest prompts first."""
+
+        kept_name = name
+
+        def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+            kept.begin()
+            digest = hashlib.sha256(json.dumps([one.args for one in requests], sort_keys=True).encode()).hexdigest()
+            order = sorted(range(len(requests)), key=lambda index: (-len(requests[index].args[0]), index))
+            portions = [order[at : at + REQUESTS_PER_PART] for at in range(0, len(order), REQUESTS_PER_PART)]
+            parts = [f"{self.kept_name}-{digest[:16]}-{number:06d}" for number in range(len(portions))]
+            answers: dict[int, str] = {}
+            missing = [number for number, part in enumerate(parts) if not kept.has(part)]
+            total = sum(len(portions[number]) for number in missing)
+            with Progress(self.kept_name, total, "requests", show=True) as progress:
+                for number, portion in enumerate(portions):
+                    if number in missing:
+                        said = super().generate_until([requests[index] for index in portion], disable_tqdm=True)
+                        content = np.frombuffer(json.dumps(said).encode(), dtype=np.uint8)
+                        kept.write(parts[number], {"answers": content})
+                        progress.update(len(portion))
+                    said = json.loads(kept.read(parts[number])["answers"].tobytes())
+                    answers |= dict(zip(portion, said, strict=True))
+            return [answers[index] for index in range(len(requests))]
+
+    return KeepingLM

@@ -183,8 +183,8 @@ class NeedleMap:
 
 
 def needle_map(model: str, samples: Iterable[Sample]) -> NeedleMap | None:
-    """The needles of all examples that say where they stand, under the first one's metric; None: none does."""
-    samples = list(samples)
+    """The needles of the niah tasks' examples, under the first one's metric; None: there are none."""
+    samples = [sample for sample in samples if sample.task.startswith("niah_")]
     samples = [sample for sample in samples if sample.metric == samples[0].metric]
     hits: dict[tuple[int, int], list[float]] = defaultdict(list)
     for sample in samples:

@@ -9,17 +9,19 @@ import json
 import logging
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch.distributed as dist
 
 from megatron_tw.config.ruler import RulerOptions
+from megatron_tw.data.tokenizer import Tokenizer
+from megatron_tw.evaluation.harness.generation import keeping
 from megatron_tw.evaluation.kept import Kept
 from megatron_tw.evaluation.ruler.scoring import STRING_MATCH, Sample, Scored, Work, found
 from megatron_tw.evaluation.ruler.tasks import Examples
-from megatron_tw.evaluation.tasks import Found, Model, NeedsOtherModel, Setting
+from megatron_tw.evaluation.tasks import Found, Setting, WithoutModel
 from megatron_tw.runtime.source import ModelSource
 
 METRIC_FILE = "ruler_metric.py"
@@ -54,46 +56,49 @@ def check_generation(options: RulerOptions, source: ModelSource) -> None:
             raise ValueError(f"--ruler-scoring generation: {module} is not installed")
 
 
-class Generation(NeedsOtherModel):
+def check_first_tokens(first_ids: tuple[int, ...], tokenizer: Tokenizer) -> None:
+    """That the harness can put before a prompt what is to stand there: the tokenizer's BOS, or nothing. Raises
+    ValueError."""
+    if first_ids not in ((), (tokenizer.bos_id,)):
+        raise ValueError(
+            "--bos-id: --ruler-scoring generation puts the tokenizer's own BOS before a prompt, here "
+            f"{'none' if tokenizer.bos_id is None else tokenizer.bos_id}, got {', '.join(map(str, first_ids))}; "
+            "exactness takes any"
+        )
+
+
+@dataclass(frozen=True)
+class Generation(WithoutModel):
     """The suite `ruler` with --ruler-scoring generation. See `tasks`."""
 
-    def __init__(self, setting: Setting, work: Work) -> None:
-        self._work, self._folder, self._backend = work, setting.source.load_hf, setting.config.ruler.ruler_backend
-        self._device, self._bf16 = setting.device.type, setting.config.compute.bf16
-        self._batch_size = setting.config.evaluation.micro_batch_size
-        self._scored: list[Scored] = []
+    setting: Setting
+    work: Work
 
-    def use_other_model(self, kept: Kept) -> None:
-        """Generate what is not kept."""
-        kept.begin()
-        lm: Any = None
-        for examples in self._work.examples:
-            part = f"ruler-generated-{examples.name}-{examples.length}"
-            if not kept.has(part):
-                lm = lm or self._load()
-                kept.write(part, {"texts": np.array(generate(lm, examples, self._work.number(examples)))})
-            texts = [str(text) for text in kept.read(part)["texts"]]
-            self._scored.append(scores_of_texts(examples, texts))
+    def __call__(self, kept: Kept) -> Found:
+        lm = self._load(kept)
+        scored = []
+        for examples in self.work.examples:
+            lm.kept_name = f"ruler-{examples.name}-{examples.length}"
+            scored.append(scores_of_texts(examples, generate(lm, examples, self.work.number(examples))))
+        return found(self.work, scored, STRING_MATCH)
 
-    def _load(self) -> Any:
+    def _load(self, kept: Kept) -> Any:
         from lm_eval.api.registry import get_model
 
-        first = list(self._work.first_ids)
+        config, source = self.setting.config, self.setting.source
+        backend = config.ruler.ruler_backend
         arguments: dict[str, Any] = {
-            "pretrained": self._folder,
-            "dtype": "bfloat16" if self._bf16 else "float32",
-            "batch_size": self._batch_size,
-            "max_length": max(self._work.lengths),
-            "add_bos_token": bool(first),
+            "pretrained": source.load_hf,
+            "dtype": "bfloat16" if config.compute.bf16 else "float32",
+            "batch_size": config.evaluation.micro_batch_size,
+            "max_length": max(self.work.lengths),
+            "add_bos_token": bool(self.work.first_ids),
         }
-        if self._backend == "vllm":
+        if backend == "vllm":
             arguments["max_model_len"] = arguments.pop("max_length")
         else:
-            arguments["device"] = self._device
-        return get_model(self._backend)(**arguments)
-
-    def __call__(self, model: Model) -> Found:
-        return found(self._work, self._scored, STRING_MATCH) if model.writes else Found()
+            arguments["device"] = self.setting.device.type
+        return keeping(get_model(backend), kept, "ruler")(**arguments)
 
 
 def scores_of_texts(examples: Examples, texts: Sequence[str]) -> Scored:

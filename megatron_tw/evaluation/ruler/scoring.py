@@ -65,16 +65,19 @@ def open_examples(
             for name in names
             if name not in missing
         )
+        work = Work(
+            examples=examples,
+            not_run=missing,
+            lengths=tuple(lengths),
+            samples=options.ruler_samples,
+            tokenizer=tokenizer,
+            first_ids=first_ids,
+        )
+        for one in examples:
+            one.check(work.number(one))
     except ValueError as error:
         raise ValueError(f"--ruler-lengths: {error}") from error
-    return Work(
-        examples=examples,
-        not_run=missing,
-        lengths=tuple(lengths),
-        samples=options.ruler_samples,
-        tokenizer=tokenizer,
-        first_ids=first_ids,
-    )
+    return work
 
 
 def open_texts(options: RulerOptions, names: Sequence[str]) -> Texts:
@@ -99,10 +102,16 @@ def first_tokens(bos_id: int | None, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def ruler_exactness(
-    forward: Forward, examples: Examples, work: Work, *, kept: Kept | None = None, keep_bar: bool = True
+    forward: Forward,
+    examples: Examples,
+    work: Work,
+    *,
+    kept: Kept | None = None,
+    keep_bar: bool = True,
+    place: str = "",
 ) -> Flags | None:
     """Teacher-forced exactness of one task at one length, in the order of the examples; on the writing rank at least,
-    None before the last pipeline stage. Collective over the world."""
+    None before the last pipeline stage. Collective over the world. place: for the progress, among what else is done."""
     layout, total = forward.layout, work.number(examples)
     what = f"{examples.name} at {examples.length:,}"
 
@@ -111,7 +120,7 @@ def ruler_exactness(
         now_at(f"{what}, example {first}")
         left = min(total - first, forward.examples_per_pass)
         mine = range(first + layout.dp_rank, first + left, layout.dp_size) or [total - 1]
-        rows = [tokenize(examples.example(place), work.tokenizer, work.first_ids) for place in mine]
+        rows = [tokenize(examples.example(number), work.tokenizer, work.first_ids) for number in mine]
         return forward.exactness(rows, left)
 
     passes = -(-total // forward.examples_per_pass)
@@ -119,7 +128,7 @@ def ruler_exactness(
         one_pass,
         [1] * passes,
         layout,
-        what=what,
+        what=f"{what}{place}",
         kept=kept,
         name=f"ruler-{examples.name}-{examples.length}",
         keep_bar=keep_bar,

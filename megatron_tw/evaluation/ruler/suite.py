@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from megatron_tw.data.tokenizer import fingerprint_of, load_tokenizer
+from megatron_tw.data.tokenizer import load_tokenizer
 from megatron_tw.evaluation.ruler.exactness import Forward
-from megatron_tw.evaluation.ruler.generation import Generation, check_generation
+from megatron_tw.evaluation.ruler.generation import Generation, check_first_tokens, check_generation
 from megatron_tw.evaluation.ruler.scoring import (
     EXACTNESS,
     first_tokens,
@@ -33,18 +33,13 @@ def prepare_ruler(setting: Setting, names: Sequence[str]) -> Run:
     if options.ruler_scoring == "generation":
         check_generation(options, setting.source)
     folder = tokenizer_folder(setting.source, "ruler")
-    if fingerprint_of(folder) is None:
-        raise ValueError(f"--tasks ruler: {folder} holds no tokenizer, and the prompts need one")
     tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size > setting.source.architecture.vocab_size:
-        raise ValueError(
-            f"--tasks ruler: the tokenizer {tokenizer.name} has a vocabulary of {tokenizer.vocab_size}, the model one "
-            f"of {setting.source.architecture.vocab_size}"
-        )
     first_ids = first_tokens(setting.config.evaluation.bos_id, tokenizer)
     setting.facts["ruler tokenizer"] = tokenizer.fingerprint
+    setting.facts |= {f"ruler_{name}": digest for name, digest in texts.digests().items()}
     work = open_examples(options, names, lengths, texts, tokenizer, first_ids)
     if options.ruler_scoring == "generation":
+        check_first_tokens(first_ids, tokenizer)
         return Generation(setting, work)
 
     def run(model: Model) -> Found:
@@ -57,8 +52,9 @@ def prepare_ruler(setting: Setting, names: Sequence[str]) -> Run:
             micro_batch_size=model.config.evaluation.micro_batch_size,
         )
         scored = []
-        for examples in work.examples:
-            flags = ruler_exactness(forward, examples, work, kept=model.kept)
+        for number, examples in enumerate(work.examples, start=1):
+            place = f" ({number} of {len(work.examples)})" if len(work.examples) > 1 else ""
+            flags = ruler_exactness(forward, examples, work, kept=model.kept, place=place)
             if flags is not None and model.writes:
                 scored.append(scores_of(examples, flags))
         return found(work, scored, EXACTNESS) if model.writes else Found()

@@ -5,6 +5,7 @@ it, the machine, or versions of Python and libraries. Its needles do not follow 
 compared on the same questions.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -85,6 +86,11 @@ class Texts:
     squad: Questions | None = None
     hotpotqa: Questions | None = None
 
+    def digests(self) -> dict[str, str]:
+        """Of the content of those that are there, by name."""
+        there = {name: text for name in ("essay", "squad", "hotpotqa") if (text := getattr(self, name)) is not None}
+        return {name: hashlib.sha256(repr(text).encode()).hexdigest()[:16] for name, text in there.items()}
+
 
 class Examples:
     """The examples of one task at one length."""
@@ -112,9 +118,9 @@ class Examples:
         self._start: Fit | None = None
         try:
             self._build = self.task.generate(self._material)
-            fewest = self._made(0, self.task.least_units)[1]
-            if fewest > length:
-                raise ValueError(f"expected at least {fewest:,} tokens, got {length:,}")
+            self._fewest = self._made(0, self.task.least_units)[1]
+            if self._fewest > length:
+                raise ValueError(f"expected at least {self._fewest:,} tokens, got {length:,}")
         except ValueError as error:
             raise ValueError(f"{name} in {length:,} tokens: no prompt is that short: {error}") from error
 
@@ -122,6 +128,23 @@ class Examples:
     def available(self) -> int | None:
         """How many there are; None: as many as one likes."""
         return None if self._material.questions is None else len(self._material.questions.questions)
+
+    def check(self, count: int) -> None:
+        """That the first `count` examples fit. They differ in what must stand in them: by a few tokens, those of a
+        question by its documents.
+
+        Raises:
+            ValueError: one needs more; the message names task, length and example.
+        """
+        if self._material.questions is None and 2 * self._fewest <= self.length:
+            return
+        for index in range(count):
+            fewest = self._made(index, self.task.least_units)[1]
+            if fewest > self.length:
+                raise ValueError(
+                    f"{self.name} in {self.length:,} tokens: example {index}: expected at least {fewest:,} tokens, got "
+                    f"{self.length:,}"
+                )
 
     def example(self, index: int) -> Prompt:
         """The prompt: with what is generated after it at most `length` tokens.

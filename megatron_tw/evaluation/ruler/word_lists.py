@@ -29,7 +29,7 @@ def common_words(material: Material) -> Build:
         solved, solution = _numbered(draw, *example)
         text, common = _numbered(draw, units, often, seldom)
         solution_text = " ".join(f"{number + 1}. {word}" for number, word in enumerate(solution))
-        return complete(f"{solved} {solution_text}\n{text}", common, between=" ", numbered=True)
+        return complete(f"{solved}{solution_text}\n{text}", common, between=" ", numbered=True)
 
     return build
 
