@@ -69,6 +69,17 @@ def run(options: Sequence[str], stop_after: int | None = None) -> list[str]:
     return written
 
 
+def run_or_die(options: Sequence[str], stop_after: int) -> None:
+    """On a rank: an evaluation that dies after some parts."""
+    with counted_passes(stop_after):
+        run_evaluation(options)
+
+
+def parts_there(output: Path) -> set[str]:
+    """The parts that an evaluation that was cut off has left."""
+    return {file.stem for file in output.with_name(f"{output.name}.partial").glob("*.npz")}
+
+
 def content(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for file in sorted(folder.iterdir()):

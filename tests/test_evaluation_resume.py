@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from evaluations import (
     content,
-    counted_passes,
     flags_of,
     make_likely_rows,
     make_near_model,
     make_sharp_model,
     run,
     run_evaluation,
+    run_or_die,
 )
 from tiny import Axes
 
@@ -91,11 +91,6 @@ def test_going_on_under_layouts(axes, world, ranks, tmp_path):
     ranks(axes.world_size).run(run, options(world, tmp_path / "whole", *flags_of(axes)))
     cut = options(world, tmp_path / "cut", *flags_of(axes))
     with pytest.raises(Exception):  # noqa: B017 - one rank dies, whatever the others then say
-        ranks(axes.world_size).run(run_or_die, cut)
+        ranks(axes.world_size).run(run_or_die, cut, 2)
     ranks(axes.world_size).run(run, cut)
     assert content(tmp_path / "cut") == content(tmp_path / "whole")
-
-
-def run_or_die(options: Sequence[str]) -> None:
-    with counted_passes(2):
-        run_evaluation(options)

@@ -36,7 +36,7 @@ def prepare_ruler(setting: Setting, names: Sequence[str]) -> Run:
     tokenizer = load_tokenizer(folder)
     first_ids = first_tokens(setting.config.evaluation.bos_id, tokenizer)
     setting.facts["ruler tokenizer"] = tokenizer.fingerprint
-    setting.facts |= {f"ruler_{name}": digest for name, digest in texts.digests().items()}
+    setting.facts.update({f"ruler_{name}": digest for name, digest in texts.digests().items()})
     work = open_examples(options, names, lengths, texts, tokenizer, first_ids)
     if options.ruler_scoring == "generation":
         check_first_tokens(first_ids, tokenizer)
