@@ -8,6 +8,7 @@ a row of 128k tokens; a checkpoint of a billion parameters.
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -33,7 +34,7 @@ TAIL_LINES = 25
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One part: a command that prints its figures, or a test run.
+    """One part: a command that prints its figures, or a test run. minutes: after which it is ended.
 
     shows: the part of its output that goes into the report; None: none where it passes.
     """
@@ -167,6 +168,7 @@ def describe() -> str:
     for variable in (
         "CUDA_DEVICE_MAX_CONNECTIONS",
         "PYTORCH_CUDA_ALLOC_CONF",
+        "PYTORCH_ALLOC_CONF",
         "NVTE_FLASH_ATTN",
         "NVIDIA_TF32_OVERRIDE",
     ):
@@ -201,9 +203,12 @@ def _try_kernel() -> list[str]:
 # ---- running ----
 
 
-def run_part(part: Part, folder: Path) -> tuple[bool, float, str]:
-    """Whether it passed, its seconds, and what the report says of it."""
+def run_part(part: Part, folder: Path, minutes_left: float = math.inf) -> tuple[bool, float, str]:
+    """Whether it passed, its seconds, and what the report says of it. minutes_left: of the whole run."""
     started = time.perf_counter()
+    minutes = min(part.minutes, minutes_left)
+    if minutes <= 0:
+        return False, 0.0, "FAILED: not begun, --minutes are over"
     environment = {
         name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     }
@@ -215,12 +220,12 @@ def run_part(part: Part, folder: Path) -> tuple[bool, float, str]:
             start_new_session=True,
         )  # fmt: skip
         try:
-            output, _ = process.communicate(timeout=60 * part.minutes)
+            output, _ = process.communicate(timeout=60 * minutes)
             why = "" if process.returncode == 0 else f"exit status {process.returncode}"
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)  # its ranks, too
             output, _ = process.communicate()
-            why = f"not over after {part.minutes:g} minutes"
+            why = f"not over after {minutes:.2g} minutes"
     if "PROBLEM: " in output:
         why = why or "see PROBLEM below"
     said = part.shows(output) if part.shows is not None else ""
@@ -269,6 +274,9 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "gpu_check", metavar="DIR")
     parser.add_argument("--only", nargs="+", metavar="PART", help="these parts")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="for all parts together (default: each has a limit of its own)"
+    )
     parser.add_argument("--toy", action="store_true", help="few parts at toy size; so it is where there is no GPU")
     parser.add_argument("--describe", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -286,10 +294,11 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(f"error: --only: expected some of {names}, got {', '.join(sorted(unknown))}")
     chosen = [part for part in listed if options.only is None or part.name in options.only]
     results: dict[str, tuple[Part, bool, float, str]] = {}
+    end = time.perf_counter() + 60 * options.minutes
     file = options.output / "report.md"
     for part in (bar := tqdm(chosen, unit="part")):
         bar.set_description(part.title)
-        results[part.name] = (part, *run_part(part, options.output))
+        results[part.name] = (part, *run_part(part, options.output, (end - time.perf_counter()) / 60))
         file.write_text(report(results))  # part by part: a machine may be taken away
     status = {name: {"passed": passed, "seconds": seconds} for name, (_, passed, seconds, _) in results.items()}
     (options.output / "status.json").write_text(json.dumps(status, indent=1))

@@ -7,8 +7,9 @@ Each program runs in a process of its own (ranks of its own under `--ranks`), on
 
     ours             a step with uniform, dense and sparse weights, the scoring pass included; the waits of its host
     Megatron-Core    its GPTModel with its layers, its forward pass, its cross-entropy, its optimizer
-    plan             the simulated step (megatron_tw/planning): peak memory, FLOPs
+    plan             the simulated step (megatron_tw/planning): peak memory, FLOPs, and its time by roofline on the GPU
 
+Where Megatron-Core's step cannot fit the GPU by formula it is not run, and where it fails the others' figures stay.
 Memory is that of the allocator on a GPU, on a CPU (Linux) that of the process beyond what it was before the model.
 Time and memory of one layer: differences between --layers and half as many, over their number.
 """
@@ -33,7 +34,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from host_waits import host_waits
-from plain_megatron import PlainMegatron
+from plain_megatron import ENGINES_LAYERS, PlainMegatron, least_bytes, takes_engine
 from process_memory import PeakMemory
 
 from megatron_tw.config import (
@@ -68,6 +69,7 @@ SCHEMES = {
     "sparse": WeightingOptions(weighting="sparse"),
 }
 OURS, PLAIN = "ours", "Megatron-Core"
+OURS_LAYERS = "this project's own layers"
 
 
 # ---- on each rank, in a process of its own ----
@@ -75,6 +77,8 @@ OURS, PLAIN = "ours", "Megatron-Core"
 
 def measure_ours(options: argparse.Namespace) -> dict[str, Any]:
     """By scheme: seconds and peak bytes of a step, seconds of its scoring; and host waits of a micro-batch."""
+    from megatron_tw.model.build import takes_transformer_engine
+    from megatron_tw.model.gpt import transformer_engine_available
     from megatron_tw.planning.made_up import make_up_inputs
     from megatron_tw.runtime.opening import join_world, open_layout
     from megatron_tw.training.loop import Run
@@ -96,7 +100,12 @@ def measure_ours(options: argparse.Namespace) -> dict[str, Any]:
         run.iteration += 1
         return run.step(batches[:count], run.iteration) | run.step.clock.metrics()
 
-    figures: dict[str, Any] = {"layout": run.layout.describe(), "schemes": {}}
+    engine = takes_transformer_engine(
+        config.compute, available=transformer_engine_available() and device.type == "cuda"
+    )
+    figures: dict[str, Any] = {
+        "layout": run.layout.describe(), "layers": ENGINES_LAYERS if engine else OURS_LAYERS, "schemes": {}
+    }  # fmt: skip
     schedules = {name: schedule_from_options(SCHEMES[name]) for name in options.schemes}
     for name, schedule in schedules.items():
         run.step.schedule = schedule
@@ -195,26 +204,74 @@ def run_config(options: argparse.Namespace) -> RunConfig:
     )
 
 
-def plan(options: argparse.Namespace, *, on_gpu: bool) -> dict[str, Any]:
-    """What the simulator says of a step of each scheme on rank 0."""
+def plan(options: argparse.Namespace, *, device_name: str | None, engine: bool) -> dict[str, Any]:
+    """What the simulator says of a step of each scheme on rank 0.
+
+    device_name: the GPU, as CUDA calls it; None: a CPU. engine: take the rates of Transformer Engine's attention.
+    """
+    from megatron_tw.parallel.gpus import gpu_of
     from megatron_tw.planning.processes import simulate_all
     from megatron_tw.planning.simulate import Job
 
+    gpu = gpu_of(device_name)
     jobs = []
     for name in options.schemes:
         config = replace(run_config(options), weighting=SCHEMES[name])
         if name == "uniform":
             config = replace(config, windows=WindowsConfig())
         jobs.append(
-            Job(config=config, architecture=architecture(options), world_size=options.ranks, rank=0, on_gpu=on_gpu)
+            Job(
+                config=config,
+                architecture=architecture(options),
+                world_size=options.ranks,
+                rank=0,
+                on_gpu=device_name is not None,
+            )
         )
     return {
         name: {
             "peak_bytes": simulation.peak.total,
             "flops": sum(sum(kinds.values()) for kinds in simulation.flops.values()),
+            "seconds": None if gpu is None else planned_seconds(job, simulation, gpu.kind, engine=engine),
+            "layers": simulation.layers,
         }
-        for name, simulation in zip(options.schemes, simulate_all(jobs), strict=True)
+        for name, job, simulation in zip(options.schemes, jobs, simulate_all(jobs), strict=True)
     }
+
+
+def planned_seconds(job: Any, simulation: Any, kind: str, *, engine: bool) -> float:
+    """Of a simulated step by roofline, on a GPU of this kind (megatron_tw/parallel/gpus.py)."""
+    from megatron_tw.config.plan import PlanOptions
+    from megatron_tw.planning.plan import rank_times
+    from megatron_tw.planning.roofline import Cluster
+    from megatron_tw.planning.sizes import Sizes
+
+    cluster = Cluster.of(PlanOptions(world_size=job.world_size, gpu=kind), transformer_engine=engine)
+    sizes = Sizes.of(job.config, job.architecture, job.world_size)
+    return sum(time.total for time in rank_times(sizes, cluster, simulation).values())
+
+
+def plain_figures(options: argparse.Namespace, memory_bytes: float | None) -> dict[str, Any]:
+    """Those of Megatron-Core; "not_run" or "failed" in their place, and why. memory_bytes: of the GPU."""
+    engine = takes_engine(bf16=options.bf16)
+    least = least_bytes(
+        architecture(options),
+        tokens=options.seq_length,
+        bf16=options.bf16,
+        tp_size=options.ranks,
+        recompute=options.recompute,
+        engine=engine,
+    )
+    if memory_bytes is not None and sum(least.values()) > memory_bytes:
+        parts = ", ".join(f"{name} {_gib(size)}" for name, size in least.items() if size)
+        return {
+            "not_run": f"by formula it does not fit: at least {_gib(sum(least.values()))} GiB ({parts}) of the GPU's "
+            f"{_gib(memory_bytes)}"
+        }
+    try:
+        return in_own_process(PLAIN, options)
+    except RuntimeError as error:
+        return {"failed": str(error)}
 
 
 def in_own_process(program: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -252,13 +309,17 @@ def _half_the_layers(options: argparse.Namespace) -> Any:
 
 
 def measure_all(options: argparse.Namespace) -> dict[str, Any]:
-    on_gpu = torch.cuda.is_available()
+    name, memory = None, None
+    if torch.cuda.is_available():
+        name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
     figures: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "device": name or "cpu",
         "settings": {name: value for name, value in vars(options).items() if name != "output"},
         OURS: in_own_process(OURS, options),
-        PLAIN: in_own_process(PLAIN, options),
-        "plan": plan(options, on_gpu=on_gpu),
+    }
+    figures |= {
+        PLAIN: plain_figures(options, memory),
+        "plan": plan(options, device_name=name, engine=figures[OURS]["layers"] == ENGINES_LAYERS),
     }
     if options.layers > 1:
         with _half_the_layers(options) as more:
@@ -277,20 +338,31 @@ def as_markdown(figures: dict[str, Any]) -> str:
         f"{settings['layers']} layers of {settings['shape']}'s width, rows of {settings['seq_length']:,} tokens, "
         f"{settings['micro_batches']} micro-batches of one row, {figures[OURS]['layout']}, "
         f"{'bf16' if settings['bf16'] else 'fp32'}{', full recompute' if settings['recompute'] else ''}, "
-        f"{figures['device']}; medians of {settings['repetitions']}. x: times {PLAIN} ({plain['layers']}).",
+        f"{figures['device']}; medians of {settings['repetitions']}. x: times {PLAIN}. Layers: {_layers(figures)}.",
         "",
-        "| | step (s) | x | of it scoring (s) | peak GiB | x | plan GiB | measured / plan | TFLOP/s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        f"| {PLAIN} | {plain['seconds']:.3f} | 1.00 | | {_gib(plain['peak_bytes'])} | 1.00 | | | |",
+        "| | step (s) | x | of it scoring (s) | plan (s) | measured / plan | peak GiB | x | plan GiB | "
+        "measured / plan | TFLOP/s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    if "seconds" in plain:
+        peak = _gib(plain["peak_bytes"])
+        lines.append(f"| {PLAIN} | {plain['seconds']:.3f} | 1.00 | | | | {peak} | 1.00 | | | |")
+    else:
+        lines.append(f"| {PLAIN} | {'failed' if 'failed' in plain else 'not run'} | | | | | | | | | |")
     for name, scheme in figures[OURS]["schemes"].items():
         planned = figures["plan"][name]
-        lines.append(
-            f"| {name} | {scheme['seconds']:.3f} | {scheme['seconds'] / plain['seconds']:.2f} | "
-            f"{scheme['scoring_seconds']:.3f} | {_gib(scheme['peak_bytes'])} | "
-            f"{scheme['peak_bytes'] / plain['peak_bytes']:.2f} | {_gib(planned['peak_bytes'])} | "
-            f"{scheme['peak_bytes'] / planned['peak_bytes']:.3f} | {planned['flops'] / scheme['seconds'] / 1e12:.3g} |"
-        )
+        cells = [
+            f"{scheme['seconds']:.3f}", _ratio(scheme["seconds"], plain.get("seconds"), 2),
+            f"{scheme['scoring_seconds']:.3f}",
+            "" if planned["seconds"] is None else f"{planned['seconds']:.3f}",
+            _ratio(scheme["seconds"], planned["seconds"], 2),
+            _gib(scheme["peak_bytes"]), _ratio(scheme["peak_bytes"], plain.get("peak_bytes"), 2),
+            _gib(planned["peak_bytes"]), _ratio(scheme["peak_bytes"], planned["peak_bytes"], 3),
+            f"{planned['flops'] / scheme['seconds'] / 1e12:.3g}",
+        ]  # fmt: skip
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    if "not_run" in plain:
+        lines += ["", f"{PLAIN} was not run: {plain['not_run']}."]
     for name, layer in figures.get("a_layer", {}).items():
         lines += ["", f"One layer, {name}: {layer['seconds']:.4f} s, {_gib(layer['peak_bytes'])} GiB."]
     waits = figures[OURS].get("waits")
@@ -302,6 +374,22 @@ def as_markdown(figures: dict[str, Any]) -> str:
             *(f"- {count} x {place}" for place, count in waits["places"].items()),
         ]
     return "\n".join(lines)
+
+
+def _layers(figures: dict[str, Any]) -> str:
+    """Whose layers each of the three had, and what follows for the ratios."""
+    ours, planned = figures[OURS]["layers"], next(iter(figures["plan"].values()))["layers"]
+    said = f"ours {ours}, {PLAIN} {figures[PLAIN].get('layers', 'none')}, the plan {planned}"
+    if ours == ENGINES_LAYERS:
+        said += (
+            "; so measured / plan compares two makes of layers (the plan's time takes the rate of Transformer Engine's "
+            "attention)"
+        )
+    return said
+
+
+def _ratio(one: float, other: float | None, digits: int) -> str:
+    return "" if other is None else f"{one / other:.{digits}f}"
 
 
 def _gib(number: float) -> str:
@@ -344,6 +432,8 @@ def main(arguments: Sequence[str]) -> None:
     figures = measure_all(options)
     options.output.write_text(json.dumps(figures, indent=1))
     print(as_markdown(figures))
+    if "failed" in figures[PLAIN]:
+        sys.exit(f"error: {figures[PLAIN]['failed']}")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,41 @@ R = rows, N = tokens of a row.
 
 import importlib.util
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+
+ENGINES_LAYERS, OWN_LAYERS = "layers of Transformer Engine", "its local layers"
+
+
+def takes_engine(*, bf16: bool) -> bool:
+    """Whether its layers are Transformer Engine's here."""
+    return bf16 and torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def least_bytes(
+    architecture: Any, *, tokens: int, bf16: bool, tp_size: int, recompute: bool, engine: bool
+) -> dict[str, int]:
+    """What a step of `PlainMegatron` with rows of so many tokens holds at once on a rank, at the least, by what it is.
+
+    Weights, gradients and optimizer: 2 + 4 + 12 bytes of a weight in bf16, 4 + 4 + 8 in fp32. Logits: of a whole row,
+    and in bf16 their fp32 copy, which the cross-entropy makes. Scores, without Transformer Engine: heads x tokens x
+    tokens, the softmax in fp32, and in bf16 its copy; of all layers, of one under recomputation. All else is left out.
+    """
+    from megatron_tw.model.families.table import layer_shapes
+
+    a = architecture
+    weights = a.num_layers * sum(prod(shape) for shape in layer_shapes(a)) + 2 * a.vocab_size * a.hidden_size
+    number = 4 + 2 if bf16 else 4
+    logits = tokens * a.vocab_size * number // tp_size
+    scores = 0 if engine else (1 if recompute else a.num_layers) * a.num_attention_heads * tokens**2 * number // tp_size
+    least = {"weights, gradients and optimizer": weights * (18 if bf16 else 16) // tp_size, "logits": logits}
+    if not recompute:
+        return least | {"scores": scores}
+    # A layer is run again when the logits are gone.
+    return least if logits >= scores else {**least, "logits": 0, "scores": scores}
 
 
 class PlainMegatron:
@@ -31,8 +62,8 @@ class PlainMegatron:
         if not parallel_state.model_parallel_is_initialized():
             parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp_size)
         model_parallel_cuda_manual_seed(1)
-        engine = bf16 and torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-        self.layers_of = "layers of Transformer Engine" if engine else "its local layers"
+        engine = takes_engine(bf16=bf16)
+        self.layers_of = ENGINES_LAYERS if engine else OWN_LAYERS
         gpu = torch.cuda.is_available()
         dtype = torch.bfloat16 if bf16 else torch.float32
         recomputing = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
