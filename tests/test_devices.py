@@ -12,7 +12,7 @@ from tiny import TINY_LLAMA
 from megatron_tw.config import ActivationConfig, ComputeConfig, ParallelConfig
 from megatron_tw.model.architecture import read_architecture, transformer_config
 from megatron_tw.model.build import lengthen_tokenizer, takes_transformer_engine
-from megatron_tw.parallel.devices import ENVIRONMENT
+from megatron_tw.parallel.devices import ENVIRONMENT, set_environment
 
 PREPARED = """
 import os, torch
@@ -33,6 +33,19 @@ def test_the_environment_is_set_where_nobody_did_and_fp32_is_no_tf32(given: dict
     environment, tf32 = done.stdout.splitlines()
     assert environment == " ".join((ENVIRONMENT | given).values())
     assert tf32 == "False False"
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_allocators_settings_stay_under_either_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in (*ENVIRONMENT, "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(name, "backend:native")
+    before = dict(os.environ)
+    set_environment()
+    after = dict(os.environ)
+    for variable in ENVIRONMENT.keys() - before.keys():
+        monkeypatch.delenv(variable, raising=False)  # gone again after the test
+    assert after == before | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
 
 @pytest.mark.parametrize(

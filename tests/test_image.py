@@ -64,6 +64,18 @@ def test_the_dockerfile_is_the_first_of_the_images() -> None:
     assert f"\nARG MEGATRON_CORE={megatron_core}\n" in dockerfile
 
 
+def test_the_dockerfile_checks_what_it_installed() -> None:
+    """In the command that installs, after it: a requirement that is not met, or a module that does not open, ends the
+    build."""
+    commands = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    (run,) = (command for command in commands if command.startswith("RUN "))
+    steps = [step.strip() for step in run.split("&&")]
+    install = next(index for index, step in enumerate(steps) if "pip install" in step)
+    assert steps[install + 1] == "pip check"
+    imported = steps[install + 2].removeprefix('python -c "import ').removesuffix('"').split(", ")
+    assert {"torch", "transformer_engine.pytorch", "apex", "megatron.core", "megatron_tw.training.loop"} <= {*imported}
+
+
 @pytest.mark.full  # asks the package index about every dependency
 @pytest.mark.parametrize("release", IMAGES)
 def test_what_the_dockerfile_asks_for_resolves(release, tmp_path):

@@ -29,6 +29,7 @@ from megatron_tw.config import (
     TrainConfig,
 )
 from megatron_tw.losses import logit_tiles, triton_tiles
+from megatron_tw.model import build
 from megatron_tw.model.architecture import read_architecture, transformer_config
 from megatron_tw.model.kernels import BUFFER_TOKENS, Parts, as_in_scoring, kernel_fields
 from megatron_tw.model.user_buffers import buffer_arguments
@@ -163,6 +164,38 @@ def test_user_buffers_are_asked_for_as_megatron_does(fp8_format) -> None:
             assert bound["quantization_modes"] == (both if fp8_format else [Quantization.NONE])
         else:
             assert bound["use_fp8"] == bool(fp8_format)
+
+
+class Chunk(torch.nn.Module):
+    """A model chunk that only keeps what it is built with."""
+
+    def __init__(self, architecture: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        self.config = config
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_build_makes_the_user_buffers_it_needs(overlap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the layers, and for the tokens that the configuration then names."""
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(build, "make_user_buffers", lambda kernels, **sizes: made.append(sizes))
+    monkeypatch.setattr(build.Parts, "here", staticmethod(lambda device, *, transformer_engine: H100))
+    monkeypatch.setattr(build, "layer_spec", lambda *args, **options: bool(made) == overlap or pytest.fail("too late"))
+    monkeypatch.setattr(build, "TokenWeightedGPT", Chunk)
+    layout: Any = SimpleNamespace(tp_size=2, pp_rank=0, is_last_stage=True, vpp_size=None)
+    architecture = read_architecture(TINY_LLAMA)
+    (chunk,) = build.build_model(
+        architecture,
+        ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+        ComputeConfig(bf16=True),
+        layout,
+        prepare_device(),
+        kernels=KernelConfig(rope_fusion=False, tp_comm_overlap=overlap),
+        tokens=128,
+    )
+    sizes = {"tokens": 128, "hidden_size": architecture.hidden_size, "tp_size": 2}
+    assert made == ([sizes] if overlap else [])
+    assert getattr(chunk.config, BUFFER_TOKENS, None) == (128 if overlap else None)
 
 
 def test_user_buffers_are_not_used_for_other_tokens() -> None:

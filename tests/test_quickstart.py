@@ -35,6 +35,14 @@ needs_environment = pytest.mark.skipif(
 )
 
 
+def test_its_ranks_see_no_gpu() -> None:
+    """Which may be fewer than ranks: hidden before the first command that computes."""
+    lines = SCRIPT.read_text().splitlines()
+    hidden = next(index for index, line in enumerate(lines) if line.startswith("export CUDA_VISIBLE_DEVICES= "))
+    assert hidden < next(index for index, line in enumerate(lines) if line.lstrip().startswith("stage "))
+    assert sum("CUDA_VISIBLE_DEVICES" in line for line in lines) == 1
+
+
 @needs_environment
 def test_the_whole_job_runs_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     output = tmp_path / "out"

@@ -17,6 +17,10 @@ def describe_rank(value):
     return total, environment, torch.get_num_threads(), server_threads
 
 
+def what_of_gpus():
+    return os.environ["CUDA_VISIBLE_DEVICES"], torch.cuda.is_available(), torch.cuda.device_count()
+
+
 def raise_on(failing_ranks):
     if dist.get_rank() in failing_ranks:
         raise ValueError(f"rank {dist.get_rank()} is not happy")
@@ -49,6 +53,11 @@ def test_results_come_by_rank_from_real_ranks(ranks):
     assert [result[1] for result in results] == [(0, 2, 0), (1, 2, 1)]
     assert [result[2] for result in results] == [1, 1]
     assert {result[3] for result in results} == {1}, "the fork server must not have threads: forking them is undefined"
+
+
+def test_ranks_see_no_gpu(ranks):
+    """Of which a machine may have fewer than ranks; their device is told by LOCAL_RANK."""
+    assert ranks(2).run(what_of_gpus) == [("", False, 0)] * 2
 
 
 def test_exception_on_every_rank_is_raised_and_the_pool_lives_on(ranks):
