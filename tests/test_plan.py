@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,15 +23,17 @@ from megatron_tw.config.plan import PlanConfig, PlanOptions, check_plan
 from megatron_tw.model.flops import model_flops
 from megatron_tw.parallel.gpus import GPUS
 from megatron_tw.planning.formulas import flops_of_a_rank, memory_of, training_bytes, weights_of_a_rank
+from megatron_tw.planning.limits import NOT_SIMULATED
 from megatron_tw.planning.picture import memory_picture
 from megatron_tw.planning.plan import Plan
 from megatron_tw.planning.record import Collective
 from megatron_tw.planning.roofline import Cluster, collective_seconds, members_in_node
 from megatron_tw.planning.run import Planned, layout_options, make_plan
-from megatron_tw.planning.search import best_of_each, candidates
+from megatron_tw.planning.search import best_of_each, candidates, estimated_seconds, gather_choices
 from megatron_tw.planning.shapes import SHAPES, named_architecture
 from megatron_tw.planning.sizes import Sizes
 from megatron_tw.planning.table import format_plan
+from megatron_tw.planning.transformer_engine import STATUS, unpaired
 
 EXAMPLES = ROOT / "examples"
 RECIPES = {
@@ -63,6 +66,14 @@ def test_every_recipe_fits_by_formula_with_all_its_layers(recipe: str) -> None:
     check_plan(config)
     sizes = Sizes.of(config.run_config(), named_architecture(model), gpus)
     assert memory_of(sizes).total + 8e9 < GPUS["h100"].memory_bytes
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda file: file.stem)
+def test_every_recipe_waits_an_hour_while_a_checkpoint_is_written(file: Path) -> None:
+    assert (
+        parse_options(["--config", str(file), "--world-size", "8"], PlanConfig).parallel.distributed_timeout_minutes
+        == 60
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,6 +118,7 @@ def check_output(planned: Planned, folder: Path) -> None:
     text = format_plan(planned)
     assert max(map(len, text.splitlines())) <= 120
     (folder / "plan.json").write_text(json.dumps(planned.plan.to_json()))
+    check_what_was_not_run(planned.plan, text)
     assert json.loads((folder / "plan.json").read_text())["fits"] == planned.plan.fits
     assert memory_picture(planned.plan).startswith(b"\x89PNG")
     small = replace(planned.plan.cluster, gpu=replace(planned.plan.cluster.gpu, memory_bytes=1e9))
@@ -115,6 +127,36 @@ def check_output(planned: Planned, folder: Path) -> None:
     largest = max(too_large.fullest.peak.bytes_by_category.items(), key=lambda entry: entry[1])[0]
     assert f"DOES NOT FIT: needs {too_large.needed_bytes / 1e9:.1f} GB" in format_plan(Planned(plan=too_large))
     assert f"the largest part: {largest}" in format_plan(Planned(plan=too_large))
+
+
+def check_what_was_not_run(plan: Plan, text: str) -> None:
+    """Allowances with their reasons, those of 0 bytes too; Transformer Engine's layers, tensor by tensor; and what may
+    become of gathered keys and values."""
+    content = plan.to_json()
+    lines = text.splitlines()
+    for allowance in NOT_SIMULATED:
+        said = f"{allowance.name} +{content['allowances'][allowance.name] / 1e9:.1f} +{re.escape(allowance.why)}"
+        assert any(re.match(said, line) for line in lines), said
+        assert content["allowances_why"][allowance.name] == allowance.why
+    assert content["allowances"]["Transformer Engine"] == 0
+    assert plan.allowance == sum(content["allowances"].values())
+
+    layer = content["transformer_engine_layer"]
+    assert layer["status"] == STATUS
+    again = len(plan.simulations[-1].saved_by_layer) == 1  # of a layer that is run again, its input
+    assert again == (not layer["modules"]) == (STATUS not in text)
+    if not again:
+        sums = [sum(sum(module[side].values()) for module in layer["modules"]) for side in ("simulated", "read")]
+        assert sums[0] == sum(plan.simulations[-1].saved_by_layer.values())
+        assert sums[1] - sums[0] == sum(module["more_bytes"] for module in layer["modules"])
+        ffn = plan.sizes.architecture.ffn_hidden_size // plan.config.parallel.tensor_model_parallel_size
+        tensor = f"mlp.linear_fc2: input [{plan.sizes.local_tokens}, 1, {ffn}] bfloat16"
+        assert [module["module"] for module in layer["modules"] if tensor in module["read"]] == ["mlp.linear_fc2"]
+        (total,) = [line for line in lines if "more tensors have the same sizes in both" in line]
+        assert total.split()[-2:] == [f"{size / 1e6:.2f}" for size in sums]
+        alone = [tensor for row in plan.te_differences for tensor in unpaired([row])]
+        assert sum(tensor.read - tensor.simulated for tensor in alone) == sums[1] - sums[0]
+    assert ("--recompute-cp-gather" in text) == bool(gather_choices(plan.sizes))
 
 
 def test_a_layout_is_found_that_training_takes(tmp_path: Path) -> None:
@@ -180,6 +222,35 @@ def test_what_recomputation_frees_by_formula() -> None:
     assert freed(**modules) == pytest.approx(2.82, rel=0.1)
 
 
+def test_gathering_again_takes_less_time_than_attending_again_and_frees_as_much() -> None:
+    """By formula, in the plan of every layout; so the search offers one of the two."""
+    config = options_of(
+        "extend_llama3_32k", "--world-size", "1024", "--seq-length", str(2**20), "--short-window", "8192"
+    )
+    run, architecture = config.run_config(), named_architecture("llama3-8b")
+    cluster = Cluster.of(replace(config.plan, gpu="h100"), transformer_engine=False)
+    parallel = ParallelConfig(tensor_model_parallel_size=8, context_parallel_size=32)
+    sizes = Sizes.of(replace(run, parallel=parallel), architecture, 1024)
+    kept, gathered, attended = gather_choices(sizes).values()
+    # Keys and values of 2^20 tokens, 128 wide, in bf16, of 32 layers; those of 2^15 are kept instead.
+    freed = 2 * (2**20 - 2**15) * 128 * 2 * 32
+    for again in (gathered, attended):
+        assert training_bytes(kept) - training_bytes(again) == pytest.approx(freed)
+    seconds = [estimated_seconds(choice, cluster) for choice in (kept, gathered, attended)]
+    assert seconds == sorted(seconds)
+    # 32 layers x (2^20)^2 / 2 pairs x 32 heads x 128 x 4 FLOPs of attention once more, on 256 ranks, of every row.
+    once_more = 32 * 2**39 * 32 * 128 * 4 / 256 * sizes.rows / 4 / GPUS["h100"].attention_flops
+    assert seconds[2] - seconds[1] == pytest.approx(once_more, rel=0.01)
+
+    def choices(**changes: Any) -> int:
+        return len(gather_choices(replace(sizes, config=replace(sizes.config, **changes))))
+
+    full = replace(run.activations, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    engine = replace(run.compute, transformer_impl="transformer_engine")
+    alone = replace(parallel, context_parallel_size=1)
+    assert [choices(), choices(activations=full), choices(compute=engine), choices(parallel=alone)] == [3, 0, 0, 0]
+
+
 def test_gathering_again_is_a_choice_where_layers_keep_gathered_keys() -> None:
     def found(implementation: str) -> set[bool]:
         best = searched("llama3-8b", 8, "--transformer-impl", implementation, "--global-batch-size", "8")
@@ -231,8 +302,6 @@ def test_utilization_of_llama3_8b_at_8k_is_near_the_published() -> None:
     options += ["--tensor-model-parallel-size", "1", "--context-parallel-size", "2"]
     options += ["--transformer-impl", "transformer_engine"]
     config = options_of("extend_llama3_32k", *options)
-    from megatron_tw.planning.search import estimated_seconds
-
     sizes = Sizes.of(config.run_config(), named_architecture("llama3-8b"), 8)
     cluster = Cluster.of(config.plan, transformer_engine=True)
     flops = model_flops(sizes.architecture, sizes.rows, 8192)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Allowance:
-    """bytes: to add to a rank's peak (`share` of it besides). why: what it is, and where the number comes from."""
+    """bytes: to add to a rank's peak (`share` of it besides), 0 where nothing is known. why: what it is, and where the
+    number comes from."""
 
     name: str
     bytes: int
@@ -33,6 +34,6 @@ NOT_SIMULATED = (
     Allowance(
         name="Transformer Engine",
         bytes=0,
-        why="its layers keep other tensors (`transformer_engine.py` lists them), and it has workspaces of its own",
+        why="where its layers run: workspaces and buffers of its own; unknown, so nothing is set aside",
     ),
 )

@@ -7,10 +7,12 @@ from typing import Any
 from megatron_tw.config import RunConfig, flat_options
 from megatron_tw.model.flops import model_flops
 from megatron_tw.planning.formulas import in_flight, layer_bytes
+from megatron_tw.planning.limits import NOT_SIMULATED
 from megatron_tw.planning.record import Simulation
 from megatron_tw.planning.roofline import Cluster, PhaseTime, phase_times
 from megatron_tw.planning.sizes import Sizes
 from megatron_tw.planning.traffic import elementwise_bytes
+from megatron_tw.planning.transformer_engine import STATUS, Difference, differences, saved_by_te_layer
 
 TRANSFORMER_ENGINE = "transformer_engine"
 
@@ -56,6 +58,14 @@ class Plan:
     @property
     def allowance(self) -> int:
         return sum(self.allowances.values())
+
+    @property
+    def te_differences(self) -> list[Difference]:
+        """What a layer keeps, as simulated and with Transformer Engine's modules as read (`STATUS`). Empty where
+        nothing is known (fp32, other families' layers), and of layers that are run again: they keep their input."""
+        saved = self.simulations[-1].saved_by_layer
+        read = saved_by_te_layer(self.config, self.sizes.architecture) if self.config.compute.bf16 else None
+        return [] if read is None or len(saved) < 2 else differences(saved, read)
 
     @property
     def needed_bytes(self) -> float:
@@ -117,6 +127,7 @@ class Plan:
             "needed_bytes": self.needed_bytes,
             "gpu_memory_bytes": self.cluster.gpu.memory_bytes,
             "allowances": self.allowances,
+            "allowances_why": {allowance.name: allowance.why for allowance in NOT_SIMULATED},
             "step_seconds": self.step_seconds,
             "seconds_by_phase": {phase: asdict(time) | {"total": time.total} for phase, time in self.times.items()},
             "tokens_per_second_per_gpu": self.tokens_per_second_per_gpu,
@@ -124,6 +135,10 @@ class Plan:
             "model_flops_utilization": self.utilization,
             "scoring_percent": self.scoring_percent,
             "transformer_engine_saves_bytes_by_formula": self.te_saves_bytes,
+            "transformer_engine_layer": {
+                "status": STATUS,
+                "modules": [asdict(row) | {"more_bytes": row.bytes} for row in self.te_differences],
+            },
             "scales": {"scoring": self.cluster.scoring_scale, "step": self.cluster.step_scale},
             "simulations": [simulation.to_json() for simulation in self.simulations],
         }

@@ -108,10 +108,9 @@ def _plans(layouts: Sequence[Sizes], scorer: Architecture | None, cluster: Clust
 
 
 def _allowances(simulations: Sequence[Simulation]) -> dict[str, int]:
-    """Bytes of the fullest rank that no simulation sees, by name."""
+    """Bytes of the fullest rank that no simulation sees, by name; 0 for what is unknown."""
     peak = max(simulation.peak.total for simulation in simulations)
-    sizes = {allowance.name: allowance.bytes + round(allowance.share * peak) for allowance in NOT_SIMULATED}
-    return {name: size for name, size in sizes.items() if size}
+    return {allowance.name: allowance.bytes + round(allowance.share * peak) for allowance in NOT_SIMULATED}
 
 
 def _architecture(config: PlanConfig) -> Architecture:

@@ -106,6 +106,27 @@ def estimated_seconds(sizes: Sizes, cluster: Cluster) -> float:
     return sum(time.total for time in times.values())
 
 
+def gather_choices(sizes: Sizes) -> dict[str, Sizes]:
+    """The same run by what becomes of the keys and values that its context-parallel ranks gather, where no layer is run
+    again and they are kept at all. `_recomputations` leaves the last one out: it frees what the second does, and takes
+    longer."""
+    config = sizes.config
+    activations = config.activations
+    if config.parallel.context_parallel_size == 1 or takes_transformer_engine(config):
+        return {}
+    if activations.recompute_granularity == "full" or activations.recompute_modules not in (None, ("core_attn",)):
+        return {}
+    none = replace(activations, recompute_granularity=None, recompute_modules=None, recompute_cp_gather=False)
+    choices = {
+        "kept": none,
+        "gathered again (--recompute-cp-gather)": replace(none, recompute_cp_gather=True),
+        "gathered again, and the attention with them (--recompute-granularity selective)": replace(
+            none, recompute_granularity="selective"
+        ),
+    }
+    return {name: replace(sizes, config=replace(config, activations=one)) for name, one in choices.items()}
+
+
 def _variants(config: RunConfig, architecture: Architecture, cluster: Cluster) -> Iterator[RunConfig]:
     """Every layout that the checks let through, with its choices of micro-batch and recomputation."""
     for parallel in _layouts(config, architecture, cluster):

@@ -5,14 +5,19 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from megatron_tw.config import ParallelConfig
+from megatron_tw.planning.formulas import training_bytes
+from megatron_tw.planning.limits import NOT_SIMULATED
 from megatron_tw.planning.plan import Plan, layout_in_words, takes_transformer_engine
 from megatron_tw.planning.record import CATEGORIES, PHASES
 from megatron_tw.planning.roofline import PhaseTime, collective_seconds, members_in_node
 from megatron_tw.planning.run import Planned
+from megatron_tw.planning.search import estimated_seconds, gather_choices
+from megatron_tw.planning.transformer_engine import STATUS, unpaired
 
-GIGA = 1e9
+GIGA, MEGA = 1e9, 1e6
 SHOWN_CANDIDATES = 8
 WIDTH = 120
+LONGEST_WORD = 30
 
 
 def format_plan(planned: Planned) -> str:
@@ -21,7 +26,8 @@ def format_plan(planned: Planned) -> str:
     parts = [_heading(plan)]
     if planned.candidates:
         parts.append(_search(planned))
-    parts += [_memory(plan), _verdict(plan), _times(plan), _collectives(plan), _notes(plan)]
+    parts += [_memory(plan), _not_simulated(plan), _verdict(plan), _times(plan), _collectives(plan)]
+    parts += [_gathers(plan), _transformer_engine(plan), _notes(plan)]
     lines = "\n\n".join(part for part in parts if part).splitlines()
     return "\n".join(line if len(line) <= WIDTH else textwrap.fill(line, WIDTH) for line in lines)
 
@@ -70,12 +76,14 @@ def _memory(plan: Plan) -> str:
             place = f"{simulation.rank}: {simulation.place}" if phase == PHASES[0] else ""
             mark = " <" if phase == simulation.peak.phase else ""
             rows.append([place, phase, *parts, f"{moment.total / GIGA:.1f}{mark}"])
-    allowances = ", ".join(f"{name} {size / GIGA:.1f}" for name, size in plan.allowances.items())
-    return (
-        "Memory at the peak of each phase, GB (simulated)\n"
-        + _table(["rank", "phase", *CATEGORIES, "all"], rows)
-        + f"\nnot simulated, set aside: {allowances}"
-    )
+    return "Memory at the peak of each phase, GB (simulated)\n" + _table(["rank", "phase", *CATEGORIES, "all"], rows)
+
+
+def _not_simulated(plan: Plan) -> str:
+    rows = [
+        [allowance.name, f"{plan.allowances[allowance.name] / GIGA:.1f}", allowance.why] for allowance in NOT_SIMULATED
+    ]
+    return "Not simulated, and what is set aside for it, GB\n" + _table(["", "GB", ""], rows)
 
 
 def _verdict(plan: Plan) -> str:
@@ -132,6 +140,47 @@ def _collectives(plan: Plan) -> str:
     return "Collectives of a step, GB of whole tensors\n" + _table(
         ["phase", "group", "ranks", "calls", "GB", "seconds", "over"], rows
     )
+
+
+def _gathers(plan: Plan) -> str:
+    """What becomes of the keys and values that context-parallel ranks gather, each choice by formula."""
+    sizes = plan.sizes
+    rows = []
+    for name, choice in gather_choices(sizes).items():
+        mark = "*" if choice.config.activations == sizes.config.activations else ""
+        seconds = estimated_seconds(choice, plan.cluster)
+        rows.append([mark, name, f"{training_bytes(choice) / GIGA:.1f}", f"{seconds:.1f}"])
+    if not rows:
+        return ""
+    title = "Keys and values of other CP ranks, with this project's layers, by formula: GB of activations, s of a step"
+    return f"{title}\n" + _table(["", "", "GB", "s"], rows)
+
+
+def _transformer_engine(plan: Plan) -> str:
+    rows = plan.te_differences
+    if not rows:
+        return ""
+    ours, theirs = (sum(sum(getattr(row, side).values()) for row in rows) for side in ("simulated", "read"))
+    left = unpaired(rows)
+    pairs = sum(len(row.read) for row in rows) - sum(1 for tensor in left if tensor.read)
+    shown = [
+        [_short(tensor.name), *(f"{size / MEGA:.2f}" if size else "" for size in (tensor.simulated, tensor.read))]
+        for tensor in left
+    ]
+    shown.append(
+        [
+            f"{pairs} more tensors have the same sizes in both; all of them",
+            *(f"{size / MEGA:.2f}" for size in (ours, theirs)),
+        ]
+    )
+    return f"What one layer saves, MB: simulated; Transformer Engine's, {STATUS}\n" + _table(
+        ["tensor", "simulated", "read"], shown
+    )
+
+
+def _short(name: str) -> str:
+    """Without the ends of long words."""
+    return " ".join(word if len(word) <= LONGEST_WORD else f"{word[: LONGEST_WORD - 3]}..." for word in name.split(" "))
 
 
 def _notes(plan: Plan) -> str:

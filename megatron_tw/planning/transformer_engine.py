@@ -7,6 +7,8 @@ softmax's log-sum-exp, under context parallelism those of this rank's tokens (`c
 with a2a those of all tokens and fewer heads, which is as much). What Megatron-Core adds is the same with both makes.
 """
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_tw.config import RunConfig
@@ -116,3 +118,42 @@ def differences(simulated: dict[str, int], read: dict[str, int]) -> list[Differe
         )
         for module in modules
     ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unpaired:
+    """A tensor that one make of layers keeps, and the other none of the same size. Bytes with each, 0 with one."""
+
+    name: str
+    simulated: int
+    read: int
+
+
+def unpaired(rows: Iterable[Difference]) -> list[Unpaired]:
+    """What is left of the tensors of both makes when those of the same size are taken away, within a module first.
+
+    >>> unpaired([Difference(module="mlp", simulated={"a": 8, "b": 4}, read={"c": 8, "d": 2})])
+    [Unpaired(name='b', simulated=4, read=0), Unpaired(name='d', simulated=0, read=2)]
+    """
+    left = [_without_pairs(row.simulated, row.read) for row in rows]
+    simulated, read = _without_pairs(*({k: v for pair in left for k, v in pair[side].items()} for side in (0, 1)))
+    return [Unpaired(name=name, simulated=size, read=0) for name, size in simulated.items()] + [
+        Unpaired(name=name, simulated=0, read=size) for name, size in read.items()
+    ]
+
+
+def _without_pairs(one: dict[str, int], other: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+    """Both without tensors that have the same size, one for one."""
+    pairs = Counter(one.values()) & Counter(other.values())
+
+    def rest(tensors: dict[str, int]) -> dict[str, int]:
+        taken = Counter(pairs)
+        kept = {}
+        for name, size in tensors.items():
+            if taken[size]:
+                taken[size] -= 1
+            else:
+                kept[name] = size
+        return kept
+
+    return rest(one), rest(other)
