@@ -195,10 +195,10 @@ def test_other_ropes_tied_embeddings_and_sharded_files(axes, variant, variant_fo
             torch.testing.assert_close(logits[..., :VOCAB], expected, atol=5e-5, rtol=0)
 
 
-def round_trip(axes: Axes, folder: Path, target: Path):
+def round_trip(axes: Axes, folder: Path, target: Path, tokenizer: Path):
     with layout_of(axes) as layout:
         architecture, chunks = load_tiny(axes, layout, folder)
-        save_hf(chunks, target, architecture, layout, max_position_embeddings=1024)
+        save_hf(chunks, target, architecture, layout, tokenizer_dir=tokenizer, max_position_embeddings=1024)
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -213,7 +213,10 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("variant", ["tiny", "tied", "sharded"])
 def test_import_then_export_is_bit_exact(axes, variant, variant_folders, ranks, tmp_path):
     source = variant_folders.get(variant, TINY_LLAMA)
-    ranks(axes.world_size).run(round_trip, axes, source, tmp_path / "out")
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer_config.json").write_text('{"model_max_length": 256}')
+    ranks(axes.world_size).run(round_trip, axes, source, tmp_path / "out", tokenizer)
     before, after = read_tensors(source), read_tensors(tmp_path / "out")
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -221,6 +224,7 @@ def test_import_then_export_is_bit_exact(axes, variant, variant_folders, ranks, 
     # What transformers makes of the exported folder is the same model with the new length.
     torch.testing.assert_close(reference_logits(tmp_path / "out"), reference_logits(source), atol=0, rtol=0)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 1024
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == {"model_max_length": 1024}
 
 
 def test_exported_config_is_read_by_both_generations_of_transformers(variant_folders):
