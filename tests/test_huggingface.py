@@ -137,7 +137,7 @@ def reference_nll(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 def reference_short_nll(model, ids: torch.Tensor, long: torch.Tensor) -> torch.Tensor:
-    """The unfrozen scorer's, window by window, as docs/weighting.md says: entry j is of token j + 1."""
+    """The unfrozen scorer's, window by window, as docs/method.md says: entry j is of token j + 1."""
     short, first = long.clone(), WINDOW
     while first < len(ids):
         end = min(first + STRIDE, len(ids))

@@ -145,6 +145,7 @@ def test_a_name_that_is_gone_is_refused(stand_ins):
         )
 
 
+@pytest.mark.core
 def test_seams_of_the_installed_megatron_core():
     check_seams(CORE_SEAMS)
 

@@ -38,7 +38,7 @@ class EvaluationOptions:
     """Tokens of a row (loss and longppl need it); for other tasks the longest input (null: the model's length)."""
     output: str
     """New folder for the result: what was asked for, each in its own files, and results.json and results.csv. An
-    evaluation that was cut off goes on where it stopped."""
+    evaluation that was cut off continues."""
     load: str | None = None
     """Folder of a run, whose newest checkpoint is evaluated, or of one checkpoint (null: the model of --load-hf)."""
     verify_checkpoint: bool = True

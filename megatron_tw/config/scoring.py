@@ -13,7 +13,7 @@ class ScoringOptions:
     data_path: str
     """Folder of rows that tools/preprocess_data.py wrote."""
     output: str
-    """New folder for the short NLLs; a run that was cut off goes on where it stopped."""
+    """New folder for the short NLLs; a run that was cut off continues."""
     bos_id: int | None = None
     """Id of the token that rows begin with, which the short windows then begin with too (null: that of the rows'
     tokenizer, else the scorer's bos_token_id)."""
