@@ -1,4 +1,11 @@
-"""Options: frozen dataclasses, read from YAML and flags, checked before anything is allocated."""
+"""Options: frozen dataclasses, read from YAML and flags, checked before anything is allocated.
+
+What reads them (load.py) needs jsonargparse and PyYAML, and is imported when it is first asked for: the integrations,
+whose programs are other people's, need the dataclasses and the checks alone.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from megatron_tw.config.checks import (
     check_activations,
@@ -24,14 +31,6 @@ from megatron_tw.config.checks import (
     virtual_pipeline_size,
 )
 from megatron_tw.config.errors import user_errors
-from megatron_tw.config.load import (
-    differences,
-    flat_options,
-    load_config,
-    load_options,
-    parse_options,
-    save_config,
-)
 from megatron_tw.config.schema import (
     DEFAULT_KEEP_LOGITS_MIB,
     ActivationConfig,
@@ -53,6 +52,16 @@ from megatron_tw.config.schema import (
     WeightingOptions,
     WindowsConfig,
 )
+
+if TYPE_CHECKING:
+    from megatron_tw.config.load import (
+        differences,
+        flat_options,
+        load_config,
+        load_options,
+        parse_options,
+        save_config,
+    )
 
 __all__ = [
     "DEFAULT_KEEP_LOGITS_MIB",
@@ -103,3 +112,11 @@ __all__ = [
     "user_errors",
     "virtual_pipeline_size",
 ]
+
+_OF_LOAD = ("differences", "flat_options", "load_config", "load_options", "parse_options", "save_config")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OF_LOAD:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.load"), name)
