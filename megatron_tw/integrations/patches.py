@@ -1,4 +1,6 @@
-"""Every name of another project that the integrations rebind, in one table, and how they are rebound and given back.
+"""Every name of others that the integrations rebind, in two tables: names of modules, while a run is token-weighted
+(and how they are rebound and given back), and attributes of objects, within one call. Nothing else is rebound: a test
+compares the tables with the code of all files here.
 
 A replacement is made from what it stands for, which it keeps and calls. Applying twice is applying once; removing what
 is not there is nothing.
@@ -73,9 +75,63 @@ PATCHES = (
     ),
 )
 
-WITHIN_A_STEP = ("output_layer.forward", "compute_language_model_loss", "rotary_pos_emb")
-"""Attributes of the model that are set for the time of one schedule, and given back at its end (hidden_loss.py; the
-last one only with this project's attention, own_attention.py)."""
+
+@dataclass(frozen=True, kw_only=True)
+class Attribute:
+    """Of an object that is not ours: set within a call, and given back at its end, after an exception too.
+
+    file: where it is set, in this folder. name: as it stands there. why: what it is for.
+    """
+
+    file: str
+    name: str
+    why: str
+
+
+WITHIN_A_CALL = (
+    Attribute(
+        file="huggingface/head.py",
+        name="head.forward",
+        why="the model's output projection answers with NLLs, within one forward pass",
+    ),
+    Attribute(
+        file="megatron_lm/hidden_loss.py",
+        name="end.output_layer.forward",
+        why="hands the hidden states through, within one call of the schedule",
+    ),
+    Attribute(
+        file="megatron_lm/hidden_loss.py",
+        name="end.compute_language_model_loss",
+        why="makes the NLL from hidden states, within one call of the schedule",
+    ),
+    Attribute(
+        file="megatron_lm/own_attention.py",
+        name="chunk.rotary_pos_emb",
+        why="angles of the slice that a call names, within one call of the schedule; with this project's attention",
+    ),
+    Attribute(
+        file="megatron_lm/own_attention.py",
+        name="chunk.register_forward_pre_hook",
+        why="says over which ranks rows lie, within one call of the schedule; with this project's attention",
+    ),
+    Attribute(
+        file="megatron_lm/window_pass.py",
+        name="config.timers",
+        why="the schedule's timers are the long pass's, so none within the scoring",
+    ),
+    Attribute(
+        file="megatron_lm/window_pass.py",
+        name="chunk.eval",
+        why="nothing is dropped within the scoring",
+    ),
+    Attribute(
+        file="huggingface/trainer.py",
+        name="model.eval",
+        why="nothing is dropped within the scoring; the Trainer's own step turns training on again",
+    ),
+    Attribute(file="megatron_lm/__main__.py", name="sys.argv", why="the script's own, while it runs"),
+    Attribute(file="megatron_lm/__main__.py", name="sys.path[0]", why="the script's folder, while it runs"),
+)
 
 
 def patches_of(integration: str) -> tuple[Patch, ...]:
