@@ -5,8 +5,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tiny import prepare_ready_rows, reference_rows
 
 from tools import list_options
 
@@ -16,8 +18,8 @@ RANKS = re.compile(r"# torchrun --nproc-per-node (\d+)\n")
 SKETCHES = ("megatron_bridge.md", "torchtitan.md")
 """Their blocks need stacks that are not installed here: they are only compiled."""
 ELSEWHERE = ("data.md", "extending.md", "huggingface.md")
-"""Pages whose blocks are pieces that need something before them: test_data_*, test_schemes, test_families, test_scorers
-and test_huggingface_docs run those."""
+"""Pages whose blocks are pieces that need something before them: a test below, test_schemes, test_families,
+test_scorers and test_huggingface_docs run those."""
 
 
 def python_blocks(page: Path) -> list[str]:
@@ -46,6 +48,29 @@ def test_python_blocks_run(block: str, tmp_path: Path) -> None:
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert run.returncode == 0, run.stderr[-3000:]
+
+
+def test_the_blocks_on_data_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the four rows of the reference, as a folder DIR of prepared rows."""
+    ids = reference_rows()
+    prepare_ready_rows(ids, tmp_path / "DIR")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    blocks = python_blocks(ROOT / "docs" / "data.md")
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "docs/data.md", "exec"), names)
+    assert names["rows"][3].tolist() == ids[3].tolist()
+    assert names["rows"].read(0).valid is None
+    assert names["rows"].documents_R2.tolist() == [[0, 0], [1, 0], [2, 0], [3, 0]]
+    batches = names["batches"]
+    assert len(batches) == 4
+    # Rank 0 of 2 takes every other sample: of the 8 of a step those of even numbers, through two epochs of four rows.
+    assert [batch.row_index.tolist() for batch in batches] == [[names["order"][sample]] for sample in (0, 2, 4, 6)]
+    for batch in batches:
+        assert batch.tokens.tolist() == ids[batch.row_index.tolist()].tolist()
+        assert batch.valid is None
+    assert names["loader"].state_dict()["consumed_samples"] == 8
 
 
 @pytest.mark.parametrize("name", SKETCHES)
