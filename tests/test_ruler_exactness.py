@@ -9,6 +9,7 @@ import pytest
 import torch
 from evaluations import content, flags_of, parts_there, run, run_or_die
 from programs import Programs
+from ruler_smollm2 import begins_with_gold
 from tiny import BOS, TINY_LLAMA, Axes, layout_of, load_tiny, make_folder
 
 from megatron_tw.config import RunConfig, parse_options
@@ -22,7 +23,6 @@ from megatron_tw.evaluation.ruler.scoring import Work, first_tokens, ruler_exact
 from megatron_tw.evaluation.ruler.tasks import Examples, Texts
 from megatron_tw.parallel.devices import prepare_device
 from megatron_tw.training.ruler import ruler_metrics
-from tools.benchmarks.ruler_smollm2 import begins_with_gold
 
 LAYOUTS = (Axes(), Axes(tp=2), Axes(cp=2), Axes(pp=2), Axes(dp=2), Axes(tp=2, cp=2))
 
