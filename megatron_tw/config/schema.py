@@ -23,7 +23,7 @@ class ShardingConfig:
     """Ranks that share each weight matrix (TP)."""
     pipeline_model_parallel_size: int = 1
     """Ranks that share the layers (PP)."""
-    distributed_timeout_minutes: int = 10
+    distributed_timeout_minutes: int = 60
     """Minutes after which a collective that hangs ends the run."""
 
 
@@ -461,7 +461,7 @@ class FaultConfig:
     standard deviations (null: none is)."""
     hang_timeout_in_mins: float = 30.0
     """Minutes without progress of a rank (a step, a save, a pass over held-out rows) after which the job ends, with a
-    line that names the rank, its host and its step."""
+    line that names the rank, its host and its step; less than --distributed-timeout-minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
