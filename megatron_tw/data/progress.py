@@ -9,16 +9,23 @@ from typing import Any
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 30.0
+WIDEST = 120
+"""Columns of a bar."""
 _COLUMNS, _LINES = 100, 24
 
 
 def bar_options() -> dict[str, Any]:
-    """For a `tqdm` on stderr: off where that is no terminal; of a fixed size where the terminal says that it has
-    none, which would leave the bar empty."""
-    sized = False
+    """For a `tqdm` on stderr: off where that is no terminal; as wide as the terminal, up to 120 columns; of a fixed
+    size where the terminal says that it has none, which would leave the bar empty."""
+    columns = 0
     if sys.stderr is not None and sys.stderr.isatty():
-        sized = min(os.get_terminal_size(sys.stderr.fileno())) > 0
-    return {"disable": None} | ({"dynamic_ncols": True} if sized else {"ncols": _COLUMNS, "nrows": _LINES})
+        size = os.get_terminal_size(sys.stderr.fileno())
+        columns = size.columns if size.lines > 0 else 0
+    if columns == 0:
+        return {"disable": None, "ncols": _COLUMNS, "nrows": _LINES}
+    if columns > WIDEST:
+        return {"disable": None, "ncols": WIDEST}
+    return {"disable": None, "dynamic_ncols": True}
 
 
 class Progress:
