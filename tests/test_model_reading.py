@@ -279,6 +279,24 @@ def tool_arguments(model: Path, data: Path, output: Path) -> dict[str, list[str]
     }
 
 
+def test_shards_that_are_not_all_there_are_told_by_every_program(data, ranks, tmp_path):
+    """Before anything is made: a download that was cut off."""
+    missing, cut = (shutil.copytree(TINY_LLAMA, tmp_path / name) for name in ("missing", "cut"))
+    for folder in (missing, cut):
+        in_index(lambda index: None)(folder)
+    (missing / "1.safetensors").unlink()
+    size = (cut / "1.safetensors").stat().st_size
+    (cut / "1.safetensors").write_bytes((cut / "1.safetensors").read_bytes()[:-1000])
+    for folder, ending in ((missing, "not found, though the index names it"), (cut, f"found {size - 1000:,})")):
+        for tool, argv in tool_arguments(folder, data, tmp_path / "out").items():
+            status, stderr = ranks(1).run(run_tool, tool, argv)[0]
+            assert status == 2, tool
+            assert stderr.startswith(f"error: --load-hf: {folder / '1.safetensors'}: "), tool
+            assert stderr.endswith(f"{ending}\n"), tool
+            assert not (tmp_path / "out").exists(), tool
+    assert f"by its header {size:,} bytes" in stderr
+
+
 def test_nan_is_told_by_every_program(data, ranks, tmp_path):
     folder = shutil.copytree(TINY_LLAMA, tmp_path / "model")
     in_file(lambda x: x[GATE][-1].fill_(torch.nan))(folder)

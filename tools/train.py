@@ -18,7 +18,8 @@ def main(argv: Sequence[str]) -> None:
     config = load_config(argv, prog="tools/train.py", description="Extend a model's context window.")
     config = replace(config, checkpoint=config.checkpoint.resuming())
     with user_errors():
-        check_config(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))  # from the launcher
+        if not config.train.check:  # which has a line for it
+            check_config(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))  # from the launcher
         from megatron_tw.parallel.contact import lost_ranks_named
         from megatron_tw.parallel.layout import stop_process_group
         from megatron_tw.training.loop import train  # after the checks: it imports torch and Megatron-Core

@@ -88,7 +88,9 @@ class SafetensorsFolder:
         try:
             self._handles[name] = safe_open(path, framework="pt", device="cpu")
         except SafetensorError as error:
-            raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from error
+            found, expected = path.stat().st_size, _size_by_header(path)
+            sizes = "" if expected in (None, found) else f"; by its header {expected:,} bytes, found {found:,}"
+            raise ValueError(f"{path}: truncated or not a safetensors file ({error}{sizes})") from error
         return list(self._handles[name].keys())
 
     def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
@@ -102,3 +104,18 @@ class SafetensorsFolder:
         if not bool(part.isfinite().all()):
             raise ValueError(f"{self.directory}: NaN or infinity in tensor {name}")
         return part
+
+
+def _size_by_header(path: Path) -> int | None:
+    """Bytes of a safetensors file as its header says: 8 bytes with the header's length, the header, and its tensors'
+    bytes. None where there is no such header."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            return None
+        try:
+            tensors = json.loads(file.read(length))
+            ends = [tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__"]
+            return 8 + length + int(max(ends, default=0))
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            return None

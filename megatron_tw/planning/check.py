@@ -1,9 +1,13 @@
 """What can be known of a run without a training step: `tools/train.py --check`.
 
-    options, rows, model, tokenizer, scores    as the run opens them, and every row compared with its checksum
-    --save, --save-hf                          can be written to, and have room
-    memory                                     tools/plan.py in a process of its own
-    groups                                     an all-reduce in each process group, timed
+    options      with each other and with the ranks
+    model        the checkpoint with its checksums, or the headers of the folder's weights
+    data         the rows as the run opens them; rows: every row compared with its checksum
+    tokenizer    one vocabulary of rows and model
+    scorer       as the run opens it: --scores are of these rows, and compared with their checksums
+    folders      --save and --save-hf can be written to, and have room
+    memory       tools/plan.py in a process of its own
+    groups       an all-reduce in each process group, timed
 
 Every part is tried, whatever the one before it found; a part that another one needs is left out without it.
 """
@@ -22,20 +26,34 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from megatron_tw.config import RunConfig, save_config
+from megatron_tw.config import ParallelConfig, RunConfig, check_parallel, save_config
 from megatron_tw.config.plan import DOES_NOT_FIT
 from megatron_tw.data.blend import Blend
 from megatron_tw.data.progress import Progress
 from megatron_tw.data.rows import TokenRows
+from megatron_tw.data.scores import ScoreRows
 from megatron_tw.model.architecture import export_hf_config
 from megatron_tw.parallel.agree import raise_together
 from megatron_tw.parallel.contact import now_at
 from megatron_tw.parallel.devices import Device, device_name, synchronize
 from megatron_tw.parallel.gpus import gpu_of
 from megatron_tw.parallel.layout import Layout
-from megatron_tw.runtime.opening import join_world, open_layout
+from megatron_tw.runtime.opening import join_world, named, open_layout
 from megatron_tw.runtime.outputs import hold_export, hold_run
-from megatron_tw.training.inputs import Inputs, bytes_of_checkpoint, open_inputs
+from megatron_tw.runtime.source import ModelSource
+from megatron_tw.training.inputs import (
+    bytes_of_checkpoint,
+    check_options,
+    check_tokenizer,
+    open_data,
+    open_model_source,
+    open_scoring,
+    tokenizer_of,
+)
+from megatron_tw.training.ruler import open_ruler
+from megatron_tw.training.scorers import ScorerMaker
+from megatron_tw.training.scorers.frozen import check_intact
+from megatron_tw.training.settings import Settings
 
 MESSAGE_BYTES = {"cuda": 256 << 20, "cpu": 4 << 20}
 """Of the timed all-reduce: large enough for a link's bandwidth."""
@@ -63,19 +81,30 @@ class Check:
 
     def run(self) -> None:
         """Make the lines. Collective over the world."""
-        config = self._config
+        given = self._config
+        config = replace(given, parallel=_usable(given.parallel))
         device = join_world(config.parallel)
-        inputs = self._try("options and files", lambda: open_inputs(config), _in_words)
-        if inputs is None:
-            for part in ("rows", "folders", "memory"):
-                self.lines.append(Line(part, None, "needs the line above"))
+        schedule = self._try("options", lambda: check_options(given), lambda _: "fit each other and the ranks")
+        source = self._try("model", lambda: open_model_source(config), lambda found: found.name)
+        data = self._try("data", lambda: open_data(config, source), _data_in_words)
+        if source is None or data is None:
+            self._left_out("tokenizer")
+        else:
+            self._try("tokenizer", lambda: self._check_tokenizer(*data, source), str)
+        if source is None or data is None or schedule is None:
+            self._try("scorer", self._check_scores_alone, str) if config.scorer.scores else self._left_out("scorer")
+        else:
+            self._try("scorer", lambda: open_scoring(config, data[0], source, schedule), _scoring_in_words)
+        self._try("rows", lambda: verify_rows(*data), str) if data is not None else self._left_out("rows")
+        if source is None or schedule is None:
+            self._left_out("folders")
+            self._left_out("memory")
             world = {"all ranks": dist.distributed_c10d._get_default_group()}
             self._try("groups", lambda: bandwidths(world, device), str)
         else:
-            self._try("rows", lambda: verify_rows(inputs), str)
-            self._try("folders", lambda: check_folders(config, inputs), str)
-            self._try("memory", lambda: self._memory(inputs, device), str)
-            self._try("groups", lambda: bandwidths(groups_of(open_layout(config.parallel, inputs.source)), device), str)
+            self._try("folders", lambda: check_folders(config, source), str)
+            self._try("memory", lambda: self._memory(source, device), str)
+            self._try("groups", lambda: bandwidths(groups_of(open_layout(config.parallel, source)), device), str)
 
     @property
     def failed(self) -> str:
@@ -90,20 +119,44 @@ class Check:
 
     def _try(self, part: str, work: Callable[[], Result], words: Callable[[Result], str]) -> Result | None:
         now_at(f"--check, {part}")
+        error: OSError | ValueError | None = None
+        result = None
         try:
             result = work()
-        except (OSError, ValueError) as error:
-            self.lines.append(Line(part, False, " ".join(str(error).split())))
+        except (OSError, ValueError) as failed:
+            error = failed
+        try:
+            raise_together(error)  # what one rank alone cannot open ends the part for all
+        except (OSError, ValueError) as failed:
+            self.lines.append(Line(part, False, " ".join(str(failed).split())))
             return None
+        assert result is not None
         self.lines.append(Line(part, True, words(result)))
         return result
 
-    def _memory(self, inputs: Inputs, device: Device) -> str:
+    def _left_out(self, part: str) -> None:
+        self.lines.append(Line(part, None, "needs what failed above"))
+
+    def _check_tokenizer(self, rows: Blend, valid_rows: TokenRows | None, source: ModelSource) -> str:
+        check_tokenizer(self._config, rows, valid_rows, source)
+        folder = tokenizer_of(rows, source)
+        if self._config.train.eval_ruler:
+            open_ruler(self._config, folder)
+        return "none beside the rows or the model" if folder is None else str(folder)
+
+    def _check_scores_alone(self) -> str:
+        """What --scores holds, where the rows that it should be of are not known. Collective over the world."""
+        with named("--scores"):
+            scores = [ScoreRows(folder) for folder in self._config.scorer.scores or ()]
+        check_intact(scores)
+        return "--scores is as it was written; whether it fits the rows needs what failed above"
+
+    def _memory(self, source: ModelSource, device: Device) -> str:
         """What tools/plan.py says, asked by rank 0."""
         answer: list[Any] = [None, None]
         if dist.get_rank() == 0:
             try:
-                answer[0] = planned(self._config, inputs, device, self._plan_program)
+                answer[0] = planned(self._config, source, device, self._plan_program)
             except ValueError as error:
                 answer[1] = str(error)
         dist.broadcast_object_list(answer, src=0)
@@ -112,38 +165,52 @@ class Check:
         return str(answer[0])
 
 
-def _in_words(inputs: Inputs) -> str:
-    scorer = "" if inputs.make_scorer is None else ", scorer"
-    return f"rows, model {inputs.source.name}, tokenizer{scorer}: as the run opens them"
+def _usable(parallel: ParallelConfig) -> ParallelConfig:
+    """The default in place of numbers that are none, which the options' line will say."""
+    try:
+        check_parallel(parallel)
+    except ValueError:
+        return ParallelConfig()
+    return parallel
 
 
-def verify_rows(inputs: Inputs) -> str:
+def _data_in_words(data: tuple[Blend, TokenRows | None]) -> str:
+    rows, valid_rows = data
+    held_out = "" if valid_rows is None else f", {len(valid_rows):,} held-out rows"
+    return f"{len(rows):,} rows{held_out}"
+
+
+def _scoring_in_words(scoring: tuple[Settings, ScorerMaker | None]) -> str:
+    return "the weighting needs none" if scoring[1] is None else "as the run opens it"
+
+
+def verify_rows(rows: Blend, valid_rows: TokenRows | None) -> str:
     """Compare every row of --data-path and --valid-data-path with its checksum; the ranks share the work. Collective
     over the world."""
     rank, ranks, checked = dist.get_rank(), dist.get_world_size(), 0
     error: OSError | ValueError | None = None
-    folders: list[TokenRows | Blend] = [inputs.rows, *([] if inputs.valid_rows is None else [inputs.valid_rows])]
-    for rows in folders:
-        mine = range(len(rows) * rank // ranks, len(rows) * (rank + 1) // ranks)
+    folders: list[TokenRows | Blend] = [rows, *([] if valid_rows is None else [valid_rows])]
+    for folder in folders:
+        mine = range(len(folder) * rank // ranks, len(folder) * (rank + 1) // ranks)
         with Progress("comparing rows with their checksums", len(mine), "rows", show=rank == 0, keep=False) as bar:
             for row in mine:
                 try:
-                    rows[row]
+                    folder[row]
                 except (OSError, ValueError) as damaged:
                     error = error or damaged
                 bar.update()
-        checked += len(rows)
+        checked += len(folder)
     raise_together(error)
     return f"{checked:,} rows compared with their checksums"
 
 
-def check_folders(config: RunConfig, inputs: Inputs) -> str:
+def check_folders(config: RunConfig, source: ModelSource) -> str:
     """That --save and --save-hf can be written to and have room for a checkpoint and an export. Leaves no folder behind
     that was not there. Collective over the world."""
-    architecture, checkpoint = inputs.source.architecture, config.checkpoint
+    architecture, checkpoint = source.architecture, config.checkpoint
     dtype = torch.bfloat16 if config.compute.bf16 else torch.float32
     with (
-        hold_run(checkpoint.save, size := bytes_of_checkpoint(config, inputs)),
+        hold_run(checkpoint.save, size := bytes_of_checkpoint(config, source)),
         hold_export(checkpoint.save_hf, architecture, dtype),
     ):
         pass
@@ -155,7 +222,7 @@ def check_folders(config: RunConfig, inputs: Inputs) -> str:
     return f"--save can be written to: room for {free // size:,} checkpoints of {size / 1e9:,.1f} GB"
 
 
-def planned(config: RunConfig, inputs: Inputs, device: Device, program: Path) -> str:
+def planned(config: RunConfig, source: ModelSource, device: Device, program: Path) -> str:
     """What `program`, tools/plan.py, says of the memory of this run, against that of this rank's device.
 
     Raises:
@@ -169,7 +236,6 @@ def planned(config: RunConfig, inputs: Inputs, device: Device, program: Path) ->
     with tempfile.TemporaryDirectory() as folder:
         model = config.model.load_hf
         if model is None:  # a resumed run may do without; its checkpoint holds the shape
-            source = inputs.source
             length, dtype = config.data.seq_length, source.architecture.dtype
             shape = export_hf_config(source.architecture, max_position_embeddings=length, dtype=dtype)
             (Path(folder) / "config.json").write_text(json.dumps(shape))

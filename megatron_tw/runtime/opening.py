@@ -40,13 +40,27 @@ def open_rows(option: str, path: str | Path, source: ModelSource, seq_length: in
     Raises:
         ValueError: no such rows; begins with the option.
     """
+    rows = read_rows(option, path, source, seq_length)
+    check_vocabulary(rows, source)
+    return rows
+
+
+def read_rows(option: str, path: str | Path, source: ModelSource | None, seq_length: int) -> TokenRows:
+    """As `open_rows`, without the tokenizers. source: None where the model is not known."""
     with named(option):
         rows = TokenRows(path)
-        check_rows(rows, seq_length=seq_length, model_vocab_size=source.architecture.vocab_size)
-    source.architecture.check_length(seq_length, "--seq-length")
+        check_rows(
+            rows, seq_length=seq_length, model_vocab_size=None if source is None else source.architecture.vocab_size
+        )
+    if source is not None:
+        source.architecture.check_length(seq_length, "--seq-length")
+    return rows
+
+
+def check_vocabulary(rows: TokenRows, source: ModelSource) -> None:
+    """That the model's tokenizer, where it has one, is that of the rows (see `check_model_vocabulary`)."""
     if source.tokenizer_dir is not None:
         check_model_vocabulary(rows, source.tokenizer_dir)
-    return rows
 
 
 def check_attention(

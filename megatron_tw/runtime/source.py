@@ -13,6 +13,7 @@ from megatron_tw.data.rows import TokenRows
 from megatron_tw.model.architecture import Architecture, read_architecture
 from megatron_tw.model.build import check_finite, load_hf
 from megatron_tw.model.gpt import TokenWeightedGPT
+from megatron_tw.model.huggingface import SafetensorsFolder
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.runtime.checkpoint import HasState, load_checkpoint
 from megatron_tw.runtime.intact import check_export, open_checkpoint
@@ -94,7 +95,8 @@ def open_source(
     pretrained: str | None = None,
     verify: bool = True,
 ) -> ModelSource:
-    """Find the model and read its architecture, changed as `model` asks; no weights yet. Collective over the world.
+    """Find the model and read its architecture, changed as `model` asks; of the weights the headers alone. Collective
+    over the world.
 
     load: folder of a run, or one checkpoint; what it holds wins over the others. seq_length: tokens of the context for
     which the rotary embedding is stretched, None where nobody says. pretrained: as `load`, of an earlier run, whose
@@ -102,7 +104,8 @@ def open_source(
     checkpoint or the folder with their checksums.
 
     Raises:
-        ValueError: neither option names a model, the checkpoint is damaged, or of another model than the folder.
+        ValueError: neither option names a model, the checkpoint is damaged, or of another model than the folder; or
+        the folder's weights are not all there (see SafetensorsFolder).
     """
     load_hf, saved = model.load_hf, open_checkpoint(load, verify=verify) if load is not None else None
     checkpoint, option = saved, "--load"
@@ -117,6 +120,8 @@ def open_source(
             check_export(load_hf, "--load-hf")
         try:
             architecture = read_architecture(load_hf)
+            if checkpoint is None:
+                SafetensorsFolder(load_hf, architecture)  # headers alone: what is missing is told before all else
         except ValueError as error:
             raise ValueError(f"--load-hf: {error}") from error
         start_context = architecture.max_position_embeddings

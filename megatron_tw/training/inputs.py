@@ -13,11 +13,11 @@ from megatron_tw.data.rows import TOKENIZER_DIR, TokenRows
 from megatron_tw.evaluation.ruler.scoring import Work
 from megatron_tw.model.build import check_export_target
 from megatron_tw.parallel.devices import prepare_device
-from megatron_tw.runtime.opening import check_attention, open_rows
+from megatron_tw.runtime.opening import check_attention, check_vocabulary, read_rows
 from megatron_tw.runtime.optimizer import optimizer_fields
 from megatron_tw.runtime.outputs import checkpoint_bytes
 from megatron_tw.runtime.run_folder import check_save_target, find_checkpoint
-from megatron_tw.runtime.source import ModelSource, open_source
+from megatron_tw.runtime.source import ModelSource, open_source, row_bos_id
 from megatron_tw.runtime.wandb_run import check_wandb
 from megatron_tw.training.ruler import open_ruler
 from megatron_tw.training.scorers import ScorerInputs, ScorerMaker, check_scorer_options, open_scorer
@@ -50,55 +50,12 @@ def open_inputs(config: RunConfig) -> Inputs:
     Raises:
         ValueError: names the option or file that does not fit.
     """
-    check_config(config, dist.get_world_size())
-    schedule = schedule_from_options(config.weighting, seq_length=config.data.seq_length)
-    check_scorer_options(config, needed=schedule.needs_scorer)
-    check_save_target(config.checkpoint.save, config.checkpoint.load)
-    _check_folder("--tensorboard-dir", config.logging.tensorboard_dir)
-    _check_folder("--wandb-save-dir", config.logging.wandb_save_dir)
-    check_wandb(config)
-    if config.checkpoint.save_hf is not None:
-        check_export_target(Path(config.checkpoint.save_hf))
-    source = open_source(
-        config.model,
-        load=config.checkpoint.load,
-        seq_length=config.data.seq_length,
-        pretrained=config.checkpoint.pretrained_checkpoint,
-        verify=config.checkpoint.verify_checkpoint,
-    )
-    check_attention(config.compute, source, prepare_device(), config.data.seq_length)
-    optimizer_fields(config)  # refuses what is not here
-    if schedule.needs_scorer:
-        config = with_window(config, source)
-    folders = [open_rows("--data-path", folder, source, config.data.seq_length) for folder in config.data.folders]
-    rows = Blend(folders, config.data.weights)
-    valid_rows = None
-    if config.data.valid_data_path is not None:
-        valid_rows = open_rows("--valid-data-path", config.data.valid_data_path, source, config.data.seq_length)
-        _check_same_tokenizer(valid_rows, folders[0])
-    for option, opened in (*(("--data-path", folder) for folder in folders), ("--valid-data-path", valid_rows)):
-        if opened is not None and opened.header.packing is not None:
-            check_packed(
-                option,
-                opened.header.packing.multiple,
-                config.parallel,
-                micro_batch_size=config.train.micro_batch_size,
-                fp8_format=config.kernels.fp8_format,
-            )
-    settings = Settings.decide(
-        config,
-        rows=folders[0],
-        source=source,
-        schedule=schedule,
-        dp_size=data_parallel_size(config.parallel, dist.get_world_size()),
-    )
-    make_scorer = None
-    if schedule.needs_scorer and settings.windows is not None:
-        make_scorer = open_scorer(
-            ScorerInputs(config=config, windows=settings.windows, rows=rows, bos_id=settings.bos_id, source=source)
-        )
-    of_rows = rows.path / TOKENIZER_DIR
-    tokenizer_dir = of_rows if of_rows.is_dir() else source.tokenizer_dir
+    schedule = check_options(config)
+    source = open_model_source(config)
+    rows, valid_rows = open_data(config, source)
+    check_tokenizer(config, rows, valid_rows, source)
+    settings, make_scorer = open_scoring(config, rows, source, schedule)
+    tokenizer_dir = tokenizer_of(rows, source)
     return Inputs(
         rows=rows,
         source=source,
@@ -109,6 +66,92 @@ def open_inputs(config: RunConfig) -> Inputs:
         tokenizer_dir=tokenizer_dir,
         ruler=open_ruler(config, tokenizer_dir) if config.train.eval_ruler else None,
     )
+
+
+def check_options(config: RunConfig) -> WeightingSchedule:
+    """The options with each other and with the world, and the folders that are written, as far as no file is read.
+    The weighting's schedule."""
+    check_config(config, dist.get_world_size())
+    schedule = schedule_from_options(config.weighting, seq_length=config.data.seq_length)
+    check_scorer_options(config, needed=schedule.needs_scorer)
+    check_save_target(config.checkpoint.save, config.checkpoint.load)
+    _check_folder("--tensorboard-dir", config.logging.tensorboard_dir)
+    _check_folder("--wandb-save-dir", config.logging.wandb_save_dir)
+    check_wandb(config)
+    if config.checkpoint.save_hf is not None:
+        check_export_target(Path(config.checkpoint.save_hf))
+    optimizer_fields(config)  # refuses what is not here
+    return schedule
+
+
+def open_model_source(config: RunConfig) -> ModelSource:
+    """The checkpoint or the folder that the run starts from. Collective over the world."""
+    source = open_source(
+        config.model,
+        load=config.checkpoint.load,
+        seq_length=config.data.seq_length,
+        pretrained=config.checkpoint.pretrained_checkpoint,
+        verify=config.checkpoint.verify_checkpoint,
+    )
+    check_attention(config.compute, source, prepare_device(), config.data.seq_length)
+    return source
+
+
+def open_data(config: RunConfig, source: ModelSource | None) -> tuple[Blend, TokenRows | None]:
+    """The rows of --data-path and --valid-data-path. source: None where the model is not known, with whose vocabulary
+    and length they are compared."""
+    length = config.data.seq_length
+    folders = [read_rows("--data-path", folder, source, length) for folder in config.data.folders]
+    rows = Blend(folders, config.data.weights)
+    valid_rows = None
+    if config.data.valid_data_path is not None:
+        valid_rows = read_rows("--valid-data-path", config.data.valid_data_path, source, length)
+    for option, opened in (*(("--data-path", folder) for folder in folders), ("--valid-data-path", valid_rows)):
+        if opened is not None and opened.header.packing is not None:
+            check_packed(
+                option,
+                opened.header.packing.multiple,
+                config.parallel,
+                micro_batch_size=config.train.micro_batch_size,
+                fp8_format=config.kernels.fp8_format,
+            )
+    return rows, valid_rows
+
+
+def check_tokenizer(config: RunConfig, rows: Blend, valid_rows: TokenRows | None, source: ModelSource) -> None:
+    """That all rows and the model have one vocabulary, and that --bos-id is an id of it."""
+    for part in (*rows.parts, *(() if valid_rows is None else (valid_rows,))):
+        check_vocabulary(part, source)
+    if valid_rows is not None:
+        _check_same_tokenizer(valid_rows, rows.parts[0])
+    row_bos_id(config.data.bos_id, rows.parts[0], source.architecture)
+
+
+def open_scoring(
+    config: RunConfig, rows: Blend, source: ModelSource, schedule: WeightingSchedule
+) -> tuple[Settings, ScorerMaker | None]:
+    """What options, rows and model decide together, and the scorer of --scorer, checked; None where the weighting needs
+    none. Collective over the world."""
+    if schedule.needs_scorer:
+        config = with_window(config, source)
+    settings = Settings.decide(
+        config,
+        rows=rows.parts[0],
+        source=source,
+        schedule=schedule,
+        dp_size=data_parallel_size(config.parallel, dist.get_world_size()),
+    )
+    if not schedule.needs_scorer or settings.windows is None:
+        return settings, None
+    return settings, open_scorer(
+        ScorerInputs(config=config, windows=settings.windows, rows=rows, bos_id=settings.bos_id, source=source)
+    )
+
+
+def tokenizer_of(rows: Blend, source: ModelSource) -> Path | None:
+    """The folder with the tokenizer of the rows, else with the model's."""
+    of_rows = rows.path / TOKENIZER_DIR
+    return of_rows if of_rows.is_dir() else source.tokenizer_dir
 
 
 def with_window(config: RunConfig, source: ModelSource) -> RunConfig:
@@ -137,11 +180,11 @@ def _check_folder(option: str, folder: str | None) -> None:
         raise ValueError(f"{option} {folder}: cannot be written to: {there} is a file, or may not be written to")
 
 
-def bytes_of_checkpoint(config: RunConfig, inputs: Inputs) -> int:
+def bytes_of_checkpoint(config: RunConfig, source: ModelSource) -> int:
     """What a checkpoint of the run takes on disk, about."""
     dtype = torch.bfloat16 if config.compute.bf16 else torch.float32
     average = config.scorer.scorer == "ema"
-    return checkpoint_bytes(inputs.source.architecture, dtype, optimizer=True, average=average)
+    return checkpoint_bytes(source.architecture, dtype, optimizer=True, average=average)
 
 
 def outdated(inputs: Inputs, config: RunConfig) -> bool:

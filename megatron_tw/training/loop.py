@@ -66,7 +66,7 @@ def _train(config: RunConfig, device: Device) -> "Run":
     dtype = torch.bfloat16 if config.compute.bf16 else torch.float32
     architecture = inputs.source.architecture
     with (
-        hold_run(config.checkpoint.save, bytes_of_checkpoint(config, inputs)) as lock,
+        hold_run(config.checkpoint.save, bytes_of_checkpoint(config, inputs.source)) as lock,
         hold_export(config.checkpoint.save_hf, architecture, dtype) as export_lock,
     ):
         if outdated(inputs, config):  # another run ended while this one waited for the folder
@@ -404,7 +404,7 @@ class Run:
             config=self.config,
             tokenizer_dir=self.inputs.tokenizer_dir,
             for_any_layout=options.dist_ckpt_optim_fully_reshardable,
-            expected_bytes=bytes_of_checkpoint(self.config, self.inputs),
+            expected_bytes=bytes_of_checkpoint(self.config, self.inputs.source),
             beside=options.async_save,
         )
 

@@ -85,14 +85,7 @@ class CachedFrozenScorer(Scorer):
             raise ValueError(
                 f"--scores {' '.join(folders)}: other scores than those that the run of --load was trained with"
             )
-        rank, ranks = dist.get_rank(), dist.get_world_size()
-        error: OSError | ValueError | None = None
-        try:
-            for one in scores:
-                one.check(range(len(one) * rank // ranks, len(one) * (rank + 1) // ranks))
-        except (OSError, ValueError) as damaged:
-            error = damaged
-        raise_together(error)
+        check_intact(scores)
 
     @staticmethod
     def load(folders: Sequence[str], inputs: ScorerInputs, trained: TrainedModel) -> "CachedFrozenScorer":
@@ -176,6 +169,18 @@ class LiveFrozenScorer(Scorer):
 
     def work(self, rows: int, documents_D3: Tensor | None = None) -> Work:
         return work_of_windows(self.windows, self.architecture, rows, documents_D3, self.inputs)
+
+
+def check_intact(scores: Sequence[ScoreRows]) -> None:
+    """That scores are as they were written; the ranks share the reading. Collective over the world."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    error: OSError | ValueError | None = None
+    try:
+        for one in scores:
+            one.check(range(len(one) * rank // ranks, len(one) * (rank + 1) // ranks))
+    except (OSError, ValueError) as damaged:
+        error = damaged
+    raise_together(error)
 
 
 def unpipelined(parallel: ParallelConfig) -> ParallelConfig:
