@@ -23,7 +23,8 @@ def flags_of(axes: Axes) -> list[str]:
     """The layout as options."""
     sizes = (("tensor", axes.tp), ("pipeline", axes.pp))
     flags = [f"--{name}-model-parallel-size={size}" for name, size in sizes if size > 1]
-    return flags + ([f"--context-parallel-size={axes.cp}"] if axes.cp > 1 else [])
+    flags += [f"--context-parallel-size={axes.cp}"] if axes.cp > 1 else []
+    return flags + ([f"--num-layers-per-virtual-pipeline-stage={axes.vpp_layers}"] if axes.vpp_layers else [])
 
 
 def run_evaluation(options: Sequence[str]) -> str | None:
