@@ -15,10 +15,13 @@ from test_training import DENSE, options, reference_data
 from tiny import Axes, layout_of, prepare_ready_rows, reference_rows, release
 
 from megatron_tw.config import CheckpointConfig, LoggingConfig, RunConfig, TrainConfig
+from megatron_tw.evaluation import loss
+from megatron_tw.parallel import contact
 from megatron_tw.parallel.devices import prepare_device
 from megatron_tw.runtime.clock import PARTS, Clock
 from megatron_tw.runtime.metrics import MetricsLog
 from megatron_tw.runtime.wandb_run import check_wandb
+from megatron_tw.training import loop
 from megatron_tw.training.inputs import open_inputs
 from megatron_tw.training.loop import Run
 
@@ -27,10 +30,18 @@ AXES = Axes(dp=2)
 DELAY = 0.4
 
 
-def run_with_a_slow_rank(config: RunConfig) -> None:
-    """On a rank: a run in which rank 1 sleeps before each forward pass of a training step."""
-    inputs = open_inputs(config)
-    with layout_of(AXES) as layout:
+def run_with_a_slow_rank(config: RunConfig) -> list[str]:
+    """On a rank: a run in which rank 1 sleeps before each forward pass of a training step. Where the rank said it
+    was."""
+    inputs, places = open_inputs(config), []
+
+    def spy(place: str) -> None:
+        places.append(place)
+        contact.now_at(place)
+
+    with layout_of(AXES) as layout, pytest.MonkeyPatch.context() as patch:
+        for module in (loop, loss):
+            patch.setattr(module, "now_at", spy)
         run = Run.start(config, inputs, layout, prepare_device())
 
         def sleep(module, *_) -> None:
@@ -40,9 +51,18 @@ def run_with_a_slow_rank(config: RunConfig) -> None:
         run.chunks[0].register_forward_pre_hook(sleep)
         run.train()
         release(run.step.model)
+    return places
 
 
-def test_time_by_part_the_slowest_rank_and_traces(ranks, reference_data, tmp_path):
+PLACES = [
+    *("step 1", "step 2", "the checkpoint of step 2"),
+    *("step 3", "the held-out rows after step 3", "validating, row 0"),
+    *("step 4", "the held-out rows after step 4", "validating, row 0", "the checkpoint of step 4"),
+]
+"""Of the run below: what others tell of a rank that stops answering, and what counts as progress."""
+
+
+def test_time_by_part_places_the_slowest_rank_and_traces(ranks, reference_data, tmp_path):
     held_out = prepare_ready_rows(reference_rows(), tmp_path / "held_out")
     config = options(
         AXES,
@@ -53,7 +73,7 @@ def test_time_by_part_the_slowest_rank_and_traces(ranks, reference_data, tmp_pat
         logging=LoggingConfig(profile=True, profile_step_start=1, profile_step_end=3, profile_ranks=(1,)),
     )
     config = replace(config, data=replace(config.data, valid_data_path=str(held_out)))
-    ranks(AXES.world_size).run(run_with_a_slow_rank, config)
+    assert ranks(AXES.world_size).run(run_with_a_slow_rank, config) == [PLACES] * 2
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
 
     for step in steps:
