@@ -8,7 +8,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -403,3 +404,49 @@ def test_a_file_named_twice_is_read_once(tmp_path: Path, spm_file: Path, capsys:
     again = prepare_rows(inputs, tmp_path / "again", seq_length=8, tokenizer=spm_file, progress=True)
     assert again == once
     assert "files were named more than once; each of the 2 files is read once" in capsys.readouterr().out
+
+
+def test_a_text_file_that_memory_does_not_hold_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = train_hugging_face(tmp_path / "tokenizer")
+    (tmp_path / "docs").mkdir()
+    lines = write_jsonl(tmp_path / "docs" / "b.jsonl", [{"text": TEXT[:2000]}] * 9)
+    small, large = tmp_path / "docs" / "small.txt", tmp_path / "docs" / "large.txt"
+    small.write_text(TEXT[:1500])
+    with large.open("wb") as file:
+        file.truncate(10**10)  # nothing of it is on disk
+    options: dict[str, Any] = {"seq_length": 64, "tokenizer": tokenizer}
+    monkeypatch.setattr(documents.psutil, "virtual_memory", lambda: SimpleNamespace(available=240_000))
+    monkeypatch.setattr(prepare, "read_documents", None)
+    with pytest.raises(ValueError) as caught:
+        prepare_rows([tmp_path / "docs"], tmp_path / "out", **options)
+    assert str(caught.value) == (
+        f"{large}: a text file is one document, which is held whole while it is tokenized: 10 GB take about 1,200 GB "
+        "of memory, 0.00024 GB are available; make it several documents, each a line of a .jsonl file"
+    )
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(documents.psutil, "virtual_memory", lambda: SimpleNamespace(available=240_000))
+    assert lines.stat().st_size > 2000
+    assert prepare_rows([lines, small], tmp_path / "out", **options).counts.documents == 10
+
+
+def test_the_multiple_of_packed_rows_is_128_and_the_padding_is_told(
+    tmp_path: Path, tool: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lengths = [200, 50, 100]
+    source = write_jsonl(tmp_path / "in.jsonl", [{"input_ids": [5] * length} for length in lengths])
+    common = ["--input", str(source), "--tokenizer", "none", "--vocab-size", "9", "--seq-length", "256"]
+    tool.main([*common, "--pack", "--output", str(tmp_path / "rows")])
+    packing = TokenRows(tmp_path / "rows").header.packing
+    assert packing is not None
+    assert packing.multiple == 128
+    padding = 2 * 256 - sum(lengths)  # a row of 200 + 56, and one of 50 + 78 + 100 + 28
+    assert packing.padding_tokens == padding == 162
+    assert "packed: 3 documents and pieces at multiples of 128 tokens; 162 tokens of padding (31.6%)\n" in (
+        capsys.readouterr().out
+    )
+    with pytest.raises(SystemExit):
+        tool.main([*common, "--pack-multiple", "128", "--output", str(tmp_path / "other")])
+    assert "--pack-multiple 128: expected --pack with it" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 from megatron_tw.data.opening import (
     COMPRESSIONS,
@@ -38,6 +39,8 @@ DIRECTORY_SUFFIXES = (".txt", ".jsonl", PARQUET_SUFFIX)
 MASK_KEY = "loss_mask"
 """JSON key or parquet column beside ready ids: 1 where the token at the same place is to be learned, else 0."""
 TABLE_BATCH_ROWS = 256
+MEMORY_OF_A_BYTE = 120
+"""Bytes that Hugging Face's tokenizers hold for one byte of a document (measured on source code)."""
 ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
@@ -126,6 +129,31 @@ def _files_below(folder: Path) -> Iterator[Path]:
             continue
         folders.sort()
         yield from (file for file in (Path(name) / file for file in files) if file.is_file())
+
+
+def check_memory(files: Sequence[Path]) -> None:
+    """That the memory of this machine holds each text file, which is one document, while it is tokenized. Of a
+    compressed file only the size on disk is known. Reads nothing.
+
+    Raises:
+        ValueError: one takes more than is available.
+    """
+    available = psutil.virtual_memory().available
+    for file in files:
+        if kind_of(file) in (*JSON_SUFFIXES, PARQUET_SUFFIX, ARROW_SUFFIX):
+            continue
+        size = file.stat().st_size
+        needed = size * MEMORY_OF_A_BYTE
+        if needed > available:
+            raise ValueError(
+                f"{file}: a text file is one document, which is held whole while it is tokenized: {_gb(size)} GB take "
+                f"about {_gb(needed)} GB of memory, {_gb(available)} GB are available; make it several documents, "
+                "each a line of a .jsonl file"
+            )
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:,.3g}" if size < 1e11 else f"{size / 1e9:,.0f}"
 
 
 def read_documents(

@@ -28,7 +28,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from megatron_tw.data.documents import MASK_KEY, Document, expand_inputs, read_documents
+from megatron_tw.data.documents import MASK_KEY, Document, check_memory, expand_inputs, read_documents
 from megatron_tw.data.growing import GrowingFolder, Plan, Written, growing_folder, inputs_digest
 from megatron_tw.data.packing import PackedRow, Packer, Piece
 from megatron_tw.data.progress import Progress
@@ -122,6 +122,8 @@ def prepare_rows(
         print(f"--input: {repeated} files were named more than once; each of the {len(files)} files is read once")
     loaded = None if tokenizer is None else load_tokenizer(tokenizer)
     vocab_size, bos_id = _vocabulary(loaded, vocab_size, bos_id)
+    if loaded is not None and loaded.kind == "huggingface":  # nobody has measured what others hold
+        check_memory(files)
     ready_ids = loaded is None
     key = text_key or ("input_ids" if ready_ids else "text")
     plan = Plan(
@@ -208,10 +210,6 @@ def _vocabulary(
     if bos_id is not None and not 0 <= bos_id < (vocab_size or LARGEST_STORED_ID + 1):
         raise ValueError(f"--bos-id {bos_id}: not an id of a vocabulary of {vocab_size or LARGEST_STORED_ID + 1}")
     return vocab_size, bos_id
-
-
-def _packer(seq_length: int, multiple: int | None) -> Packer | None:
-    return None if multiple is None else Packer(seq_length, multiple)
 
 
 def _ready_row(document: Document, seq_length: int, vocab_size: int | None, pack: bool) -> CutDocument:
