@@ -276,3 +276,35 @@ def test_what_is_missing_for_several_nodes_is_named(launch: Launch, variables: d
     result = launch(**variables)
     assert result.returncode == 2
     assert message in result.stderr
+
+
+def test_slurm_starts_one_task_a_node_with_logs(tmp_path: Path) -> None:
+    """What examples/slurm.sh hands to srun, and what each node's task makes of it; srun, scontrol and python are
+    stand-ins."""
+    stand_ins = {
+        "srun": 'echo "srun $LOG_DIR:" "${@:1:2}"\nfor node in 0 1; do SLURM_NODEID=$node "${@:3}"; done',
+        "scontrol": '[ "$*" = "show hostnames n[3-4]" ] && printf "n3\\nn4\\n"',
+        "python": 'echo "$@"',
+    }
+    for name, body in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"SLURM_JOB_NAME": "extension", "SLURM_JOB_ID": "70042", "SLURM_NNODES": "2", "SLURM_LOCALID": "0"}
+    env = environment(**variables, SLURM_JOB_NODELIST="n[3-4]", NPROC_PER_NODE="8")
+    env["PATH"] = f"{tmp_path}:{env['PATH']}"
+    slurm = ROOT / "examples" / "slurm.sh"
+    command = ["bash", str(slurm), str(SCRIPT), "--lr", "1e-5", "a b"]
+    started = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert (started.returncode, started.stderr) == (0, "")
+    logs = "extension-70042.logs"
+    one, *tasks = started.stdout.splitlines()
+    assert one == f"srun {logs}: --kill-on-bad-exit=1 --ntasks-per-node=1"
+    assert tasks == [
+        f"{ROOT / 'tools' / 'launch.py'} --nproc-per-node 8 --nnodes 2 --node-rank {node} --master-addr n3 "
+        f"--master-port 29542 --log-dir {logs}/node_{node} --tee 3 {TAIL}"
+        for node in (0, 1)
+    ]
+    given = [line.split()[1] for line in slurm.read_text().splitlines() if line.startswith("#SBATCH")]
+    assert {"--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=8", "--signal=TERM@600", "--dependency=singleton"} <= (
+        set(given)
+    )
