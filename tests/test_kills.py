@@ -83,7 +83,19 @@ def inputs(tmp_path_factory) -> Path:
     return folder
 
 
-CASES = [case for case in faults.CASES if not case.uses_scores]
+@pytest.fixture
+def inputs_of(inputs):
+    """The folder with the inputs of a case; the scores of that which uses them are made when it comes."""
+
+    def get(case: faults.Case) -> Path:
+        if case.uses_scores and not (inputs / "scores").is_dir():
+            faults.write_scores(inputs, inputs / "log")
+        return inputs
+
+    return get
+
+
+CASES = faults.CASES
 
 
 @pytest.mark.parametrize(
@@ -91,12 +103,35 @@ CASES = [case for case in faults.CASES if not case.uses_scores]
     [(CASES[0], 2), *(pytest.param(case, 6, marks=pytest.mark.full) for case in CASES)],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_kills_at_random_moments_leave_the_run_as_it_is(case, kills, inputs):
+def test_kills_at_random_moments_leave_the_run_as_it_is(case, kills, inputs_of):
     seed = random.randrange(10**6)
     print("seed", seed)
+    inputs = inputs_of(case)
     for folder in (inputs / case.name, inputs / f"{case.name} straight"):
         shutil.rmtree(folder, ignore_errors=True)
     assert faults.examine(case, inputs, kills, random.Random(seed)).kills == kills
+
+
+def test_every_checkpoint_that_should_be_there_is_looked_at(straight, tmp_path):
+    """A run that saves at steps 3, 6, ..., 18 and 20, of which one of the older checkpoints is damaged, then gone."""
+    case, run = faults.Case("all", 1, ""), Path(shutil.copytree(straight, tmp_path / "run"))
+    with mock.patch.object(faults, "SAVE_INTERVAL", SAVE_INTERVAL), mock.patch.object(faults, "STEPS", STEPS):
+        shutil.rmtree(run / "iter_0000020")
+        (run / "latest_checkpointed_iteration.txt").write_text("18")
+        assert faults.newest(case, run) == (18, None)
+        damaged = next((run / "iter_0000006").glob("*.distcp"))
+        with damaged.open("r+b") as file:
+            file.truncate(damaged.stat().st_size - 1)
+        step, problem = faults.newest(case, run)
+        assert (step, str(problem).startswith(f"{damaged} ")) == (18, True)
+        shutil.rmtree(run / "iter_0000006")
+        gone = "the checkpoints of steps [6] are gone, there are [3, 9, 12, 15, 18]"
+        assert faults.newest(case, run) == (18, gone)
+        assert faults.newest(faults.Case("last", 1, "--keep-last 4"), run) == (18, None)
+        assert faults.newest(faults.Case("last", 1, "--keep-last 5"), run) == (18, gone)
+        assert faults.Case("retained", 1, "--save-retain-interval 6").kept(15) == {6, 12, 15}
+        assert faults.Case("both", 1, "--keep-last 2 --save-retain-interval 6").kept(15) == {6, 12, 15}
+        assert faults.Case("one", 1, "--keep-last 1").kept(15) == {15}
 
 
 def same_run(run: Path, expected: Path) -> None:

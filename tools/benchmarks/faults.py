@@ -2,10 +2,10 @@
 
 A run's ranks are killed (SIGKILL: one of them, or all at once) at random moments from their start on, while they load,
 step and save, and the same command is started again, until the run is at its end. Then its losses must be bitwise those
-of a run that nobody killed, its rows the same in the same order; and after every kill the newest checkpoint must be
-whole and none may have gone. When one rank is killed after a step, the others must end by themselves, which is timed.
-Each case has a layout of its own; the ranks are CPU processes (gloo), forked from a server that has imported everything
-once.
+of a run that nobody killed, its rows the same in the same order; and after every kill, and at the end, all checkpoints
+must be whole and none that the options keep may have gone. When one rank is killed after a step, the others must end by
+themselves, which is timed. Each case has a layout of its own; the ranks are CPU processes (gloo), forked from a server
+that has imported everything once.
 
     tools/benchmarks/faults.py --moments 100
     tools/benchmarks/faults.py --moments 3 --cases "sparse weights"
@@ -50,6 +50,20 @@ class Case:
     @property
     def uses_scores(self) -> bool:
         return "{scores}" in self.options
+
+    def kept(self, newest: int) -> set[int]:
+        """The steps whose checkpoints must be there when the newest is that of step `newest`; others may be, too: the
+        one that the run was resumed from, and what a kill left before it was removed."""
+        steps = list(range(SAVE_INTERVAL, newest + 1, SAVE_INTERVAL))
+        last, interval = (self._number_of(option) for option in ("--keep-last", "--save-retain-interval"))
+        if last is None and interval is None:
+            return set(steps)
+        newest_ones = steps[-(last or 1) :]
+        return {step for step in steps if step in newest_ones or (interval is not None and step % interval == 0)}
+
+    def _number_of(self, option: str) -> int | None:
+        words = self.options.split()
+        return int(words[words.index(option) + 1]) if option in words else None
 
 
 CASES = [
@@ -147,22 +161,26 @@ def steps_of(run: Path) -> int:
     return file.read_text().count("\n") if file.is_file() else 0
 
 
-def newest(run: Path) -> tuple[int, str | None]:
-    """The step of the newest checkpoint of a run, and what is wrong with its files or its tracker."""
+def newest(case: Case, run: Path) -> tuple[int, str | None]:
+    """The step of the newest checkpoint of a run, and what is wrong with the files of any, with those that are there,
+    or with the tracker."""
     from megatron_tw.runtime.checksums import damage_of
     from megatron_tw.runtime.run_folder import TRACKER, complete_checkpoints, find_checkpoint
 
     complete = complete_checkpoints(run)
     if not complete:
         return 0, None
-    files = [file for file in complete[-1].rglob("*") if file.is_file()]
+    files = [file for checkpoint in complete for file in checkpoint.rglob("*") if file.is_file()]
     problems = [f"{file} {problem}" for file in files if (problem := damage_of(file)) is not None]
+    steps = [int(checkpoint.name.removeprefix("iter_")) for checkpoint in complete]
+    gone = sorted(case.kept(steps[-1]) - set(steps))
+    if gone:
+        problems.append(f"the checkpoints of steps {gone} are gone, there are {steps}")
     found = find_checkpoint(run)
-    step = int(complete[-1].name.removeprefix("iter_"))
-    behind = step - SAVE_INTERVAL  # killed between the checkpoint's name and the tracker, that names the one before
-    if found is None or found.state.iteration not in (step, behind):
+    behind = steps[-1] - SAVE_INTERVAL  # killed before the tracker has the new one's name
+    if found is None or found.state.iteration not in (steps[-1], behind):
         problems.append(f"{TRACKER} names {found and found.directory.name}, the newest is {complete[-1].name}")
-    return step, problems[0] if problems else None
+    return steps[-1], problems[0] if problems else None
 
 
 def survive(case: Case, arguments: Sequence[str], run: Path, log: Path, moments: int, chance: random.Random) -> Seen:
@@ -201,12 +219,15 @@ def survive(case: Case, arguments: Sequence[str], run: Path, log: Path, moments:
                         raise RuntimeError(
                             f"ranks live {SECONDS_TO_END:.0f} s after another was killed\n{log.read_text()}"
                         )
-        now, problem = newest(run)
+        now, problem = newest(case, run)
         if problem is not None or now < step:
             lost = f"checkpoint {step} is lost, the newest is {now}"
             raise RuntimeError(f"after kill {seen.kills}: {problem or lost}")
         step = now
     finish("train.py", arguments, case.ranks, log)
+    now, problem = newest(case, run)
+    if problem is not None or now != STEPS:
+        raise RuntimeError(f"at the end: {problem or f'the newest checkpoint is that of step {now}'}")
     return seen
 
 
@@ -275,8 +296,13 @@ def write_inputs(folder: Path, log: Path, *, scores: bool) -> None:
             pack_multiple=pack_multiple,
         )
     if scores:
-        options = [*("--load-hf", str(folder / "model"), "--data-path", str(folder / "rows")), *("--bos-id", "1")]
-        finish("score_tokens.py", [*options, "--short-window", str(WINDOW), "--output", str(folder / "scores")], 1, log)
+        write_scores(folder, log)
+
+
+def write_scores(folder: Path, log: Path) -> None:
+    """Frozen scores of the rows that `write_inputs` made."""
+    options = [*("--load-hf", str(folder / "model"), "--data-path", str(folder / "rows")), *("--bos-id", "1")]
+    finish("score_tokens.py", [*options, "--short-window", str(WINDOW), "--output", str(folder / "scores")], 1, log)
 
 
 def examine(case: Case, folder: Path, moments: int, chance: random.Random) -> Seen:
