@@ -1,19 +1,24 @@
 """NaN, infinite gradients and losses that jump: what --on-bad-step says, on all ranks alike, and after a resume too."""
 
+import contextlib
 import hashlib
+import io
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from test_training import DENSE, METRICS, MOVING, options, reference_data
+from test_training import DENSE, METRICS, MOVING, UNFROZEN, options, reference_data
 from tiny import Axes, layout_of, release
 
-from megatron_tw.config import CheckpointConfig, FaultConfig, RunConfig, TrainConfig
+from megatron_tw.config import CheckpointConfig, DataParallelConfig, FaultConfig, RunConfig, ScorerConfig, TrainConfig
 from megatron_tw.evaluation.training import read_metrics
 from megatron_tw.parallel.devices import prepare_device
+from megatron_tw.training import bad_steps
 from megatron_tw.training.bad_steps import LEAST_LOSSES, BadStepError, BadSteps
 from megatron_tw.training.inputs import open_inputs
 from megatron_tw.training.loop import Run
@@ -34,13 +39,16 @@ def _with_infinite_gradient(nll: torch.Tensor) -> torch.Tensor:
     return nll
 
 
-def run_of(axes: Axes, data: Path, save: Path | None, steps: int, faults: FaultConfig, **changes: Any) -> RunConfig:
+def run_of(
+    axes: Axes, data: Path, save: Path | None, steps: int, faults: FaultConfig, scorer: ScorerConfig = MOVING,
+    **changes: Any,
+) -> RunConfig:  # fmt: skip
     folder = str(save) if save is not None else None
     return options(
         axes,
         data,
         weighting=DENSE,
-        scorer=MOVING,
+        scorer=scorer,
         train=TrainConfig(train_iters=steps, global_batch_size=2, **changes),
         checkpoint=CheckpointConfig(save=folder, load=folder),
         faults=faults,
@@ -51,12 +59,20 @@ def digest(tensors) -> str:
     return hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors)).hexdigest()
 
 
-def run_with(axes: Axes, config: RunConfig, faults: Mapping[int, str], ranks: tuple[int, ...]) -> dict[str, Any]:
-    """On a rank: a run in whose steps of these numbers, on these ranks alone, something is wrong. What was raised; of
-    each step the weights, the moving average and the learning rate after it; and the samples that were taken."""
-    inputs = open_inputs(config)
+def run_with(
+    axes: Axes, config: RunConfig, faults: Mapping[int, str], ranks: tuple[int, ...], least_losses: int = LEAST_LOSSES
+) -> dict[str, Any]:
+    """On a rank: a run in whose steps of these numbers, on these ranks alone, something is wrong. What was raised and
+    said; of each step the weights, the moving average and the learning rate after it; and the samples that were taken.
+
+    least_losses: that a loss is compared with."""
+    inputs, said = open_inputs(config), io.StringIO()
     seen: dict[str, Any] = {"weights": [], "average": [], "rate": [], "raised": None}
-    with layout_of(axes) as layout:
+    with (
+        layout_of(axes) as layout,
+        contextlib.redirect_stdout(said),
+        mock.patch.object(bad_steps, "LEAST_LOSSES", least_losses),
+    ):
         run = Run.start(config, inputs, layout, prepare_device())
 
         def break_it(module, arguments, nll):
@@ -71,8 +87,7 @@ def run_with(axes: Axes, config: RunConfig, faults: Mapping[int, str], ranks: tu
                 seen["rate"].append(run.step.scheduler.num_steps)
 
         start, scorer = run.iteration, run.step.scorer
-        assert isinstance(scorer, EmaScorer)
-        average = scorer.average
+        average = scorer.average if isinstance(scorer, EmaScorer) else {}
         run.chunks[0].register_forward_hook(break_it)
         run.chunks[0].register_forward_pre_hook(look)
         try:
@@ -81,16 +96,27 @@ def run_with(axes: Axes, config: RunConfig, faults: Mapping[int, str], ranks: tu
             seen["raised"] = str(error)
         seen["samples"] = run.loader.consumed_samples
         release(run.step.model)
+    seen["said"] = said.getvalue()
     return seen
 
 
 @pytest.mark.parametrize(
     ("axes", "how", "numbers"),  # steps whose losses are numbers, as rank 0 sees them
-    [(Axes(tp=2), "NaN", 6), (Axes(dp=2), "NaN", 4), (Axes(dp=2), "infinite gradients", 6)],
+    [
+        (Axes(tp=2), "NaN", 6),
+        (Axes(dp=2), "NaN", 4),
+        (Axes(dp=2), "infinite gradients", 6),
+        *(
+            pytest.param(axes, how, numbers, marks=pytest.mark.full)
+            for axes in (Axes(pp=2), Axes(pp=2, vpp_layers=1))
+            for how, numbers in (("NaN", 4), ("infinite gradients", 6))
+        ),
+    ],
 )
 def test_a_bad_step_of_one_rank_is_skipped_by_all(axes, how, numbers, ranks, reference_data, tmp_path):
-    config = run_of(axes, reference_data, tmp_path / "run", 6, SKIP)
+    config, said = run_of(axes, reference_data, tmp_path / "run", 6, SKIP), ""
     for seen in ranks(2).run(run_with, axes, config, {3: how, 4: how}, (1,)):
+        said += seen["said"]
         assert seen["raised"] is None
         weights, average = seen["weights"], seen["average"]
         assert weights[2] == weights[3] == weights[4]  # before steps 3, 4 and 5
@@ -102,6 +128,30 @@ def test_a_bad_step_of_one_rank_is_skipped_by_all(axes, how, numbers, ranks, ref
     assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 2, 2, 2]
     assert [line["grad_norm"] is None for line in lines] == [False, False, True, True, False, False]
     assert len(read_metrics(tmp_path / "run")) == numbers
+    told = [line for line in said.splitlines() if "skipped" in line]
+    why = "long NLL: expected finite values, got nan at row " if how == "NaN" else "gradients: a norm of "
+    assert len(told) == 2
+    for line, step, in_a_row in zip(told, (3, 4), (1, 2), strict=True):
+        assert line.startswith(f"step {step}: skipped, {in_a_row} in a row of at most 2: {why}")
+
+
+@pytest.mark.full
+def test_a_bad_step_is_skipped_alike_with_and_without_overlap(ranks, reference_data, tmp_path):
+    """Gradients are reduced during backward and weights gathered during forward, as without options."""
+    axes, found = Axes(dp=2), []
+    for name, overlap in (("overlap", None), ("none", False)):
+        config = run_of(axes, reference_data, tmp_path / name, 6, SKIP, UNFROZEN)
+        overlaps = DataParallelConfig(overlap_grad_reduce=overlap, overlap_param_gather=overlap)
+        by_rank = ranks(2).run(run_with, axes, replace(config, data_parallel=overlaps), {3: "NaN", 4: "NaN"}, (1,))
+        assert [seen["raised"] for seen in by_rank] == [None, None]
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 2, 2, 2]
+        found.append([[line[key] for line in lines if line[key] is not None] for key in METRICS])
+    decided = DataParallelConfig().decided(2, weights_used_at_once=False)
+    assert decided.overlap_grad_reduce
+    assert decided.overlap_param_gather
+    for ours, theirs in zip(*found, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
 
 
 def test_too_many_in_a_row_and_any_without_skip_end_the_run(ranks, reference_data, tmp_path):
@@ -116,6 +166,17 @@ def test_too_many_in_a_row_and_any_without_skip_end_the_run(ranks, reference_dat
     for seen in ranks(2).run(run_with, axes, stops, bad, (1,)):
         assert seen["raised"].startswith("step 2: long NLL: expected finite values, got nan at row ")
         assert seen["raised"].endswith("no update was made (--on-bad-step skip would go on)")
+
+
+def test_a_loss_that_jumps_ends_the_run_without_skip(ranks, reference_data):
+    axes = Axes(tp=2)
+    config = run_of(axes, reference_data, None, 6, FaultConfig(loss_spike_sigmas=6.0))
+    for seen in ranks(2).run(run_with, axes, config, {5: "high"}, (0, 1), 3):
+        assert seen["raised"].startswith("step 5: lm_loss: ")
+        assert ", above --loss-spike-sigmas 6: the last 4 had a mean of " in seen["raised"]
+        assert seen["raised"].endswith("no update was made (--on-bad-step skip would go on)")
+        assert len(set(seen["weights"])) == 5
+        assert "skipped" not in seen["said"]
 
 
 def test_a_loss_that_jumps_is_found_after_a_resume_too(ranks, reference_data, tmp_path):
