@@ -28,13 +28,15 @@ __all__ = ["reference_data"]  # a fixture of test_training
 SKIP = FaultConfig(on_bad_step="skip", max_bad_steps=2)
 FAULTS = {
     "NaN": lambda nll: nll * torch.nan,
-    "infinite gradients": lambda nll: nll if not nll.requires_grad else _with_infinite_gradient(nll),
+    "infinite gradients": lambda nll: _with_infinite_gradient(nll) if nll.requires_grad else nll,
     "high": lambda nll: nll * 3,
 }
 
 
 def _with_infinite_gradient(nll: torch.Tensor) -> torch.Tensor:
     nll = nll * 1.0
+    if not nll.requires_grad:  # what a stage was sent asks for gradients in a pass without any, too
+        return nll
     nll.register_hook(lambda gradient: gradient * torch.inf)
     return nll
 

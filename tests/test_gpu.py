@@ -15,13 +15,14 @@ import pytest
 import torch
 from programs import TOOLS, Programs
 from test_launch import ROOT, environment
+from test_packed import data as packed_data
 from test_scoring import BF16_RELATIVE
 from test_training import metrics_of, reference_data
 from tiny import SEQ_LENGTH, STRIDE, TINY_LLAMA, WINDOW, reference_rows
 
 from megatron_tw.evaluation.result import EvaluationResult
 
-__all__ = ["reference_data"]  # a fixture of test_training
+__all__ = ["packed_data", "reference_data"]  # fixtures of test_packed and test_training
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 SHORT = ("--short-window", str(WINDOW), "--short-stride", str(STRIDE))
@@ -86,6 +87,27 @@ def test_trajectory(implementation, axis, reference, reference_data, tmp_path):
         options, relative = [*options, "--bf16"], BF16_RELATIVE
     expected = np.load(reference / "trajectory_dense_unfrozen.npz")["unweighted_loss"]
     np.testing.assert_allclose(losses(reference_data, tmp_path / "run", *options, gpus=gpus), expected, rtol=relative)
+
+
+@needs_gpu
+@pytest.mark.parametrize("ranks_of", ["", "CP"])
+@pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
+def test_packed_rows(implementation, ranks_of, packed_data, programs, tmp_path):
+    """With our attention and on Transformer Engine's THD path, against the same run on a CPU."""
+    gpus = 2 if ranks_of else 1
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
+    if implementation == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
+        pytest.skip("needs Transformer Engine")
+    options = ["--transformer-impl", implementation, *([SIZES[ranks_of], "2"] if ranks_of else [])]
+    relative = FP32_RELATIVE
+    if implementation == "transformer_engine":
+        options, relative = [*options, "--bf16"], BF16_RELATIVE
+    given = [*RUN, *SHORT, "--data-path", str(packed_data), "--save", str(tmp_path / "cpu"), "--train-iters", "12"]
+    answer = programs.run("train", given, tmp_path, timeout=300)
+    assert answer.status == 0, answer.stderr[-4000:]
+    found = losses(packed_data, tmp_path / "gpu", *options, gpus=gpus)
+    np.testing.assert_allclose(found, metrics_of(tmp_path / "cpu")["lm_loss"], rtol=relative)
 
 
 @pytest.mark.parametrize("device", DEVICES)
