@@ -39,7 +39,7 @@ def hugging_face_lm(folder: Path, config: EvaluationConfig, *, max_length: int, 
 def keeping(model_class: Any, kept: Kept, name: str) -> Any:
     """A class of lm_eval's models, as one that keeps what it has said, under `kept_name`, at first `name`."""
 
-    class KeepingLM(model_class):  # type: ignore[misc]
+    class KeepingLM(model_class):
         """Goes through the requests in portions, the longest prompts first."""
 
         kept_name = name

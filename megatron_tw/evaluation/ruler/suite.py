@@ -14,10 +14,10 @@ from megatron_tw.evaluation.ruler.scoring import (
     ruler_exactness,
     scores_of,
 )
-from megatron_tw.evaluation.tasks import Found, Model, Run, Setting, check_model_length, tokenizer_folder
+from megatron_tw.evaluation.tasks import Found, Model, Run, Setting, WithoutModel, check_model_length, tokenizer_folder
 
 
-def prepare_ruler(setting: Setting, names: Sequence[str]) -> Run:
+def prepare_ruler(setting: Setting, names: Sequence[str]) -> Run | WithoutModel:
     """The suite. See `tasks`.
 
     Raises:
