@@ -183,12 +183,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"max_bad_steps": 5}, "--max-bad-steps 5: expected --on-bad-step skip"),
     ({"loss_spike_sigmas": 0.0}, "--loss-spike-sigmas: expected more than 0"),
     ({"hang_timeout_in_mins": 0.0}, "--hang-timeout-in-mins: expected more than 0"),
-    (
-        {"distributed_timeout_minutes": 30},
-        "--distributed-timeout-minutes: expected more than --hang-timeout-in-mins 30, which names the rank that hangs, "
-        "got 30",
-    ),
-    ({"hang_timeout_in_mins": 61.0}, "--distributed-timeout-minutes: expected more than --hang-timeout-in-mins 61,"),
     ({"exit_interval": 5}, "--exit-interval: expected --save"),
     ({"exit_signal_handler": True}, "--exit-signal-handler: expected --save"),
     ({"save": "s", "exit_duration_in_mins": 0}, "--exit-duration-in-mins: expected 1 or more"),

@@ -197,7 +197,7 @@ def staged(data: dict[int, Path], save: Path, steps: int) -> list[str]:
 def test_the_staged_recipe_killed_in_its_second_stage_goes_on(data, ranks, tmp_path):
     steps, log = 8, tmp_path / "log"
     command = staged(data, tmp_path / "runs", steps)
-    command[4:4] = ["--distributed-timeout-minutes", "2", "--hang-timeout-in-mins", "1.5"]
+    command[4:4] = ["--distributed-timeout-minutes", "2"]
     run = tmp_path / "runs" / "128k"
     with started(command, log, NPROC_PER_NODE="2"):
         wait_for(lambda: (run / "iter_0000002").is_dir(), log)

@@ -50,6 +50,7 @@ class Axes:
             pipeline_model_parallel_size=self.pp,
             context_parallel_size=self.cp,
             num_layers_per_virtual_pipeline_stage=self.vpp_layers or None,
+            distributed_timeout_minutes=2,
         )
 
 

@@ -81,7 +81,7 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
         config.train.eval_ruler is None or config.train.eval_interval is not None,
         "--eval-ruler: expected --eval-interval and --valid-data-path with it",
     )
-    check_faults(config.faults, config.parallel)
+    check_faults(config.faults)
     _at_least(0, seed=config.train.seed, bos_id=config.data.bos_id)
     check_logging(config.logging, config.checkpoint, world_size)
     if world_size is not None:
@@ -476,19 +476,13 @@ def check_checkpoint(checkpoint: CheckpointConfig, model: ModelConfig, data: Dat
             )
 
 
-def check_faults(faults: FaultConfig, parallel: ParallelConfig) -> None:
-    """Ranges of the numbers of bad steps, that nothing is said of those that end the run at once, and that a rank that
-    hangs is named before the collective in which the others wait for it gives up."""
+def check_faults(faults: FaultConfig) -> None:
+    """Ranges of the numbers of bad steps, and that nothing is said of those that end the run at once."""
     _at_least(1, max_bad_steps=faults.max_bad_steps)
     _above(0, loss_spike_sigmas=faults.loss_spike_sigmas, hang_timeout_in_mins=faults.hang_timeout_in_mins)
     _require(
         faults.on_bad_step == "skip" or faults.max_bad_steps == FaultConfig.max_bad_steps,
         f"--max-bad-steps {faults.max_bad_steps}: expected --on-bad-step skip with it",
-    )
-    _require(
-        parallel.distributed_timeout_minutes > faults.hang_timeout_in_mins,
-        f"--distributed-timeout-minutes: expected more than --hang-timeout-in-mins {faults.hang_timeout_in_mins:g}, "
-        f"which names the rank that hangs, got {parallel.distributed_timeout_minutes}",
     )
 
 

@@ -461,7 +461,7 @@ class FaultConfig:
     standard deviations (null: none is)."""
     hang_timeout_in_mins: float = 30.0
     """Minutes without progress of a rank (a step, a save, a pass over held-out rows) after which the job ends, with a
-    line that names the rank, its host and its step; less than --distributed-timeout-minutes."""
+    line that names the rank, its host and its step. With a shorter --distributed-timeout-minutes that ends it first."""
 
 
 @dataclass(frozen=True, kw_only=True)
