@@ -88,6 +88,7 @@ def test_facts_are_planted_and_asked_for(seq_length: int) -> None:
     assert (rows.ids != other.ids).any()
 
 
+@pytest.mark.full
 def test_schemes_are_compared_from_one_base(tmp_path: Path) -> None:
     sizes = "--base-iters 3 --base-rows 4 --train-iters 2 --rows 2 --points 2 --held-out-rows 4 --seq-length 128"
     options = f"{sizes} --seeds 1 --schemes uniform sparse --processes 1 --output {tmp_path / 'out'}"
