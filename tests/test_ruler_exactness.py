@@ -165,8 +165,8 @@ def test_what_is_cut_off_goes_on(scoring: str, axes: Axes, parts: int, world: Pa
     def options(output: str, axes: Axes = axes) -> list[str]:
         return [
             f"--load-hf={world / 'model'}", "--tasks=niah_single_1,niah_single_2", "--ruler-lengths=640",
-            f"--ruler-samples={1 if scoring == 'generation' else 3}", f"--ruler-scoring={scoring}", f"--ruler-essay={essay}",
-            f"--output={tmp_path / output}", *flags_of(axes),
+            f"--ruler-samples={1 if scoring == 'generation' else 3}", f"--ruler-scoring={scoring}",
+            f"--ruler-essay={essay}", f"--output={tmp_path / output}", *flags_of(axes),
         ]  # fmt: skip
 
     whole = [part for written in ranks(axes.world_size).run(run, options("whole")) for part in written]
