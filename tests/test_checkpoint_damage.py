@@ -17,10 +17,11 @@ from safetensors import SafetensorError
 from test_bad_input import arguments, run_tool, world
 from tiny import SEQ_LENGTH
 
+from megatron_tw.runtime.checkpoint import UnfinishedCheckpoint
 from megatron_tw.runtime.checksums import CHECKSUMS_FILE, deal_out
 from megatron_tw.runtime.intact import open_checkpoint
 from megatron_tw.runtime.lock import LOCK_FILE, FolderLock
-from megatron_tw.runtime.run_folder import TRACKER
+from megatron_tw.runtime.run_folder import TRACKER, remove_partial_checkpoints
 
 __all__ = ["world"]  # a fixture of test_bad_input
 STEPS = 3
@@ -101,6 +102,28 @@ def test_the_damaged_file_and_the_newest_intact_checkpoint_are_named(run, ranks)
     assert f"before it is {run}/iter_0000001:" in ranks(2).run(opening_error, run)[0]
     flip(run / "iter_0000001" / "__0_0.distcp")
     assert ranks(2).run(opening_error, run)[0].endswith("there is no intact checkpoint before it")
+
+
+def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_new_one(tmp_path, monkeypatch):
+    """A run that was taken back saves the same step again."""
+    folder = tmp_path / "iter_0000002"
+    partial = folder.with_name("iter_0000002.1a2b3c4d.partial")
+    for path in (folder, partial):
+        path.mkdir()
+        (path / "file").write_text(path.name)
+
+    def killed(path: Path, **_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    checkpoint = UnfinishedCheckpoint(directory=folder, partial=partial, option="--save", iteration=2, lock=None)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint._give_its_name()
+    assert (folder / "file").read_text() == partial.name
+    assert (tmp_path / TRACKER).read_text() == "2\n"
+    monkeypatch.undo()
+    remove_partial_checkpoints(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name, TRACKER]
 
 
 def test_every_program_refuses_a_damaged_checkpoint(run, world, ranks, tmp_path):

@@ -147,11 +147,13 @@ class UnfinishedCheckpoint:
         if self.lock is not None:
             self.lock.check()
         save = self.directory.parent
+        replaced = save / f"{self.directory.name}.replaced.partial"
         with text_in_place_of(save / TRACKER, f"{self.iteration}\n"):
             if self.directory.exists():  # of a run that was taken back to an earlier checkpoint
-                shutil.rmtree(self.directory)
+                self.directory.rename(replaced)  # whole: removing it takes time, in which a run may be killed
             self.partial.rename(self.directory)
         _sync_folder(save)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def save_checkpoint(
