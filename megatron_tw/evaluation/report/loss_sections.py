@@ -69,7 +69,7 @@ def _by_distance(recall: RecallComparison, title: str, cell: Callable[[Recall], 
 def _share_cell(recall: Recall) -> str:
     if recall.share is None or recall.low is None or recall.high is None:
         return "-"
-    return f"{100 * recall.share:.1f} ({100 * recall.low:.0f} to {100 * recall.high:.0f})"
+    return f"{100 * recall.share:.1f} ({100 * recall.low:.0f}-{100 * recall.high:.0f})"
 
 
 def loss_section(shown: Shown) -> Section | None:

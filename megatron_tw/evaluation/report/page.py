@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from html import escape
 from itertools import groupby
@@ -13,6 +14,7 @@ from megatron_tw.evaluation.report.verdict import ERRORS, WORDS, Verdict
 from megatron_tw.evaluation.table import Table
 
 FRAME = Path(__file__).with_name("page.html")
+_FURTHER = re.compile(r" (\(.*\)|± .*)$")
 
 
 def render_page(shown: Shown, verdicts: Sequence[Verdict], sections: Sequence[Section]) -> str:
@@ -98,7 +100,7 @@ def _section(section: Section) -> str:
 def html_table(table: Table) -> str:
     """A table that scrolls by itself where it is wider than the page."""
     best = _best_cells(table)
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.head)
+    head = "".join(f'<th scope="col">{_cell(cell)}</th>' for cell in table.head)
     starts = {1 + sum(span for _, span in table.groups[:i]) for i in range(len(table.groups))}
     groups = "".join(f'<th scope="colgroup" colspan="{span}">{escape(title)}</th>' for title, span in table.groups)
     above = f'<tr class="groups"><td></td>{groups}</tr>' if groups else ""
@@ -107,7 +109,7 @@ def html_table(table: Table) -> str:
         cells = ""
         for c, cell in enumerate(row[1:], start=1):
             classes = (["best"] if (r, c) in best else []) + (["starts"] if c in starts else [])
-            cells += f'<td class="{" ".join(classes)}">{escape(cell)}</td>' if classes else f"<td>{escape(cell)}</td>"
+            cells += f'<td class="{" ".join(classes)}">{_cell(cell)}</td>' if classes else f"<td>{_cell(cell)}</td>"
         summary = ' class="summary"' if table.last_is_summary and r == len(table.rows) - 1 else ""
         rows += f'<tr{summary}><th scope="row">{escape(row[0])}</th>{cells}</tr>'
     # The title stands outside, so that it does not scroll with the table.
@@ -119,6 +121,11 @@ def html_table(table: Table) -> str:
         f"<table{' class=words' if table.words else ''}>"
         f"<thead>{above}<tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{after}"
     )
+
+
+def _cell(text: str) -> str:
+    """A figure and its interval, error or count are two pieces: a narrow column has them on two lines."""
+    return _FURTHER.sub(r" <span>\1</span>", escape(text))
 
 
 def _best_cells(table: Table) -> set[tuple[int, int]]:
