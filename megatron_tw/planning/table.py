@@ -17,7 +17,7 @@ from megatron_tw.planning.transformer_engine import STATUS, unpaired
 GIGA, MEGA = 1e9, 1e6
 SHOWN_CANDIDATES = 8
 WIDTH = 120
-LONGEST_WORD = 30
+LONGEST_WORD, LONGEST_NAME = 30, 90
 
 
 def format_plan(planned: Planned) -> str:
@@ -179,8 +179,10 @@ def _transformer_engine(plan: Plan) -> str:
 
 
 def _short(name: str) -> str:
-    """Without the ends of long words."""
-    return " ".join(word if len(word) <= LONGEST_WORD else f"{word[: LONGEST_WORD - 3]}..." for word in name.split(" "))
+    """Without the ends of long words, nor of a long name."""
+    words = [word if len(word) <= LONGEST_WORD else f"{word[: LONGEST_WORD - 3]}..." for word in name.split(" ")]
+    text = " ".join(words)
+    return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 3]}..."
 
 
 def _notes(plan: Plan) -> str:
