@@ -45,8 +45,8 @@ NOT_FOR_USERS = {"dev", "gpu"}
 """dev is for tools/test.sh; Transformer Engine, which is gpu, needs a GPU."""
 OPTIONAL = {"apex", "fused_weight_gradient_mlp_cuda", "transformer_engine", "triton", "wandb", "longppl", "flash_attn"}
 """Used where they are installed, or asked for by an option that says so."""
-OF_SETUPTOOLS = {"more_itertools"}
-"""It brings a copy of its own, which stands last on the path. Torch may import setuptools."""
+OF_SETUPTOOLS = {"autocommand", "backports", "inflect", "jaraco", "more_itertools", "typeguard"}
+"""It brings copies of its own, which stand last on the path. Torch may import setuptools."""
 SLOW = ("", "megatron", "reports", "training", "eval", "all")
 """Tested with --full only. That nothing more than torch is imported without an extra, test_library.py tests always."""
 
