@@ -69,15 +69,19 @@ def losses(data: Path, save: Path, *options: str, gpus: int = 1) -> np.ndarray:
     return metrics_of(save)["lm_loss"]
 
 
+def skip_without(implementation: str, gpus: int) -> None:
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
+    if implementation == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
+        pytest.skip("needs Transformer Engine")
+
+
 @needs_gpu
 @pytest.mark.parametrize("axis", ["", "TP", "PP", "CP"])
 @pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
 def test_trajectory(implementation, axis, reference, reference_data, tmp_path):
     gpus = 2 if axis else 1
-    if torch.cuda.device_count() < gpus:
-        pytest.skip(f"needs {gpus} GPUs")
-    if implementation == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
-        pytest.skip("needs Transformer Engine")
+    skip_without(implementation, gpus)
     options = ["--transformer-impl", implementation]
     if axis:
         options += [SIZES[axis], "2"]
@@ -95,10 +99,7 @@ def test_trajectory(implementation, axis, reference, reference_data, tmp_path):
 def test_packed_rows(implementation, ranks_of, packed_data, programs, tmp_path):
     """With our attention and on Transformer Engine's THD path, against the same run on a CPU."""
     gpus = 2 if ranks_of else 1
-    if torch.cuda.device_count() < gpus:
-        pytest.skip(f"needs {gpus} GPUs")
-    if implementation == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
-        pytest.skip("needs Transformer Engine")
+    skip_without(implementation, gpus)
     options = ["--transformer-impl", implementation, *([SIZES[ranks_of], "2"] if ranks_of else [])]
     relative = FP32_RELATIVE
     if implementation == "transformer_engine":

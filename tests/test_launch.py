@@ -199,17 +199,25 @@ def test_a_mistake_is_told_once_by_four_ranks(tmp_path: Path) -> None:
     assert result.stderr.count(message) == 1
 
 
+SHOWS_HOSTNAMES = '[ "$*" = "show hostnames n[3-4]" ] && printf "n3\\nn4\\n"'
+
+
+def put_stand_ins(folder: Path, bodies: dict[str, str]) -> None:
+    """Programs in bash, by their names."""
+    for name, body in bodies.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+
+
 @pytest.fixture
 def launch(tmp_path: Path) -> Launch:
     """Run the script with stand-ins for python (prints its arguments), nvidia-smi and scontrol; returns the process."""
     stand_ins = {
         "python": 'echo "$@"',
         "nvidia-smi": "printf 'GPU 0: x\\nGPU 1: y\\n'",
-        "scontrol": '[ "$*" = "show hostnames n[3-4]" ] && printf "n3\\nn4\\n"',
+        "scontrol": SHOWS_HOSTNAMES,
     }
-    for name, body in stand_ins.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
+    put_stand_ins(tmp_path, stand_ins)
 
     def run(script: Path = SCRIPT, **variables: str) -> subprocess.CompletedProcess[str]:
         env = environment(**variables)
@@ -283,12 +291,10 @@ def test_slurm_starts_one_task_a_node_with_logs(tmp_path: Path) -> None:
     stand-ins."""
     stand_ins = {
         "srun": 'echo "srun $LOG_DIR:" "${@:1:2}"\nfor node in 0 1; do SLURM_NODEID=$node "${@:3}"; done',
-        "scontrol": '[ "$*" = "show hostnames n[3-4]" ] && printf "n3\\nn4\\n"',
+        "scontrol": SHOWS_HOSTNAMES,
         "python": 'echo "$@"',
     }
-    for name, body in stand_ins.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
+    put_stand_ins(tmp_path, stand_ins)
     variables = {"SLURM_JOB_NAME": "extension", "SLURM_JOB_ID": "70042", "SLURM_NNODES": "2", "SLURM_LOCALID": "0"}
     env = environment(**variables, SLURM_JOB_NODELIST="n[3-4]", NPROC_PER_NODE="8")
     env["PATH"] = f"{tmp_path}:{env['PATH']}"

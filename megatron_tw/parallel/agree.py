@@ -1,6 +1,13 @@
-"""Errors that all ranks raise together: a rank that failed alone would leave the others in their next collective."""
+"""Work that all ranks share, and errors that they raise together: a rank that failed alone would leave the others in
+their next collective."""
 
 import torch.distributed as dist
+
+
+def share_of(count: int) -> range:
+    """Which of `count` pieces of work are this rank's; those of all ranks are all pieces. Not collective."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    return range(count * rank // ranks, count * (rank + 1) // ranks)
 
 
 def raise_together(error: OSError | ValueError | None) -> None:

@@ -33,7 +33,7 @@ from megatron_tw.data.progress import Progress
 from megatron_tw.data.rows import TokenRows
 from megatron_tw.data.scores import ScoreRows
 from megatron_tw.model.architecture import export_hf_config
-from megatron_tw.parallel.agree import raise_together
+from megatron_tw.parallel.agree import raise_together, share_of
 from megatron_tw.parallel.contact import now_at
 from megatron_tw.parallel.devices import Device, device_name, synchronize
 from megatron_tw.parallel.gpus import gpu_of
@@ -187,12 +187,14 @@ def _scoring_in_words(scoring: tuple[Settings, ScorerMaker | None]) -> str:
 def verify_rows(rows: Blend, valid_rows: TokenRows | None) -> str:
     """Compare every row of --data-path and --valid-data-path with its checksum; the ranks share the work. Collective
     over the world."""
-    rank, ranks, checked = dist.get_rank(), dist.get_world_size(), 0
+    checked = 0
     error: OSError | ValueError | None = None
     folders: list[TokenRows | Blend] = [rows, *([] if valid_rows is None else [valid_rows])]
     for folder in folders:
-        mine = range(len(folder) * rank // ranks, len(folder) * (rank + 1) // ranks)
-        with Progress("comparing rows with their checksums", len(mine), "rows", show=rank == 0, keep=False) as bar:
+        mine = share_of(len(folder))
+        with Progress(
+            "comparing rows with their checksums", len(mine), "rows", show=dist.get_rank() == 0, keep=False
+        ) as bar:
             for row in mine:
                 try:
                     folder[row]

@@ -44,9 +44,6 @@ class Speed:
     def minus(self, other: "Speed") -> "Speed":
         return Speed(self.processor - other.processor, self.wall - other.wall)
 
-    def plus(self, other: "Speed") -> "Speed":
-        return Speed(self.processor + other.processor, self.wall + other.wall)
-
 
 def processor_seconds() -> float:
     """Of this process and of those that it started and that have ended."""
@@ -133,18 +130,16 @@ def main(argv: Sequence[str]) -> None:
             for workers in options.workers:
                 start = timed(partial(prepare, one, workers, 16))
                 starts[workers].append(start)
-                ours[workers].append(timed(partial(prepare, source, workers, options.seq_length)).minus(start))
+                ours[workers].append(timed(partial(prepare, source, workers, options.seq_length)))
     print(f"{processor_name()}; {len(texts)} documents, {megabytes:.1f} MB, rows of {options.seq_length} tokens")
     print(
         f"the library alone, one thread: {megabytes / min(one.processor for one in library):.2f} MB a processor second"
     )
     for workers, found in ours.items():
-        pairs = list(zip(library, found, strict=True))
+        without_start = [one.minus(start) for one, start in zip(found, starts[workers], strict=True)]
+        pairs = list(zip(library, without_start, strict=True))
         a_core = [alone.processor / speed.processor for alone, speed in pairs]
-        started = median(
-            alone.processor / speed.plus(start).processor
-            for alone, speed, start in zip(library, found, starts[workers], strict=True)
-        )
+        started = median(alone.processor / speed.processor for alone, speed in zip(library, found, strict=True))
         by_the_clock = median(alone.wall / speed.wall for alone, speed in pairs)
         print(
             f"--workers {workers}: {median(a_core):.2f} of it a core (rounds: {min(a_core):.2f} to {max(a_core):.2f}), "

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tw.config import ComputeConfig, ParallelConfig, ScorerConfig, check_model_shape
@@ -19,7 +18,7 @@ from megatron_tw.model.flops import Work
 from megatron_tw.model.gpt import TokenWeightedGPT
 from megatron_tw.model.huggingface import SafetensorsFolder
 from megatron_tw.model.packed_windows import WindowForward
-from megatron_tw.parallel.agree import raise_together
+from megatron_tw.parallel.agree import raise_together, share_of
 from megatron_tw.parallel.devices import Device
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.runtime.intact import check_export
@@ -173,11 +172,10 @@ class LiveFrozenScorer(Scorer):
 
 def check_intact(scores: Sequence[ScoreRows]) -> None:
     """That scores are as they were written; the ranks share the reading. Collective over the world."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
     error: OSError | ValueError | None = None
     try:
         for one in scores:
-            one.check(range(len(one) * rank // ranks, len(one) * (rank + 1) // ranks))
+            one.check(share_of(len(one)))
     except (OSError, ValueError) as damaged:
         error = damaged
     raise_together(error)
