@@ -207,7 +207,8 @@ def export_best(evaluations: Sequence[Path], models: Sequence[Path], rows: Path,
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from megatron_tw.data.rows import TOKENIZER_DIR, TokenRows
+    from megatron_tw.data.rows import TokenRows
+    from megatron_tw.data.rows_format import TOKENIZER_DIR
     from megatron_tw.data.tokenizer import load_tokenizer
     from megatron_tw.evaluation.result import EvaluationResult
 

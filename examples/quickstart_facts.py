@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_tw.data.rows import TOKENIZER_DIR, TokenRows
+from megatron_tw.data.rows import TokenRows
+from megatron_tw.data.rows_format import TOKENIZER_DIR
 from megatron_tw.data.tokenizer import Tokenizer, load_tokenizer
 
 # fmt: off

@@ -7,11 +7,11 @@ import math
 import traceback
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-import megatron_tw.config.checks as checks
 from megatron_tw.config import (
     DataConfig,
     ModelConfig,
@@ -26,9 +26,13 @@ from megatron_tw.config import (
     check_own_windows,
     check_packed,
     check_windows,
+    checks,
+    compute_checks,
     data_parallel_size,
+    layout_checks,
     num_microbatches,
     padded_vocab_size,
+    ranges,
     virtual_pipeline_size,
 )
 
@@ -400,15 +404,14 @@ def test_attention_that_would_hold_all_scores_is_refused(mended):
 
 
 def test_every_check_is_tested() -> None:
-    """The cases above fail at every statement of checks.py that can raise."""
-    helpers = ("_require", "_at_least", "_at_most", "_above", "_within")
-    public = [node for node in ast.parse(inspect.getsource(checks)).body if isinstance(node, ast.FunctionDef)]
+    """The cases above fail at every statement of the modules of checks that can raise."""
+    helpers = {name for name, _ in inspect.getmembers(ranges, inspect.isfunction)}
+    modules = {str(module.__file__): module for module in (checks, compute_checks, layout_checks)}
     calls = {
-        (node.lineno, node.end_lineno or node.lineno)
-        for function in public
-        if function.name not in helpers
-        for node in ast.walk(function)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in helpers
+        (file, node.lineno, node.end_lineno or node.lineno)
+        for file, module in modules.items()
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in helpers - {"flag"}
     }
     cases = [partial(check_config, with_options(**options)) for options, _ in BAD]
     cases += [partial(check_config, with_options(**options), ranks) for options, ranks, _ in BAD_FOR_RANKS]
@@ -420,10 +423,15 @@ def test_every_check_is_tested() -> None:
     for case in cases:
         with pytest.raises(ValueError) as caught:
             case()
-        frames = [frame for frame in traceback.extract_tb(caught.tb) if frame.filename == checks.__file__]
-        failed_at.add([frame.lineno or 0 for frame in frames if frame.name not in helpers][-1])
-    untested = [first for first, last in calls if not any(first <= line <= last for line in failed_at)]
-    assert not untested, f"lines of checks.py without a case: {untested}"
+        frames = [frame for frame in traceback.extract_tb(caught.tb) if frame.filename in modules]
+        failed_at.add((frames[-1].filename, frames[-1].lineno or 0))
+    untested = [
+        f"{Path(file).name}:{first}"
+        for file, first, last in calls
+        if not any(where == file and first <= line <= last for where, line in failed_at)
+    ]
+    assert len(calls) > 70
+    assert not untested, f"checks without a case: {untested}"
 
 
 def stride(seq_length: int, window: int, least_context: int | None = None) -> int:

@@ -22,11 +22,13 @@ from test_data_prepare import files_of, write_jsonl
 from test_data_sources import dataset, zstd
 from test_data_tokenizer import TEXT, train_sentencepiece
 
-from megatron_tw.data import prepare, rows
+from megatron_tw.data import prepare, rows_format
 from megatron_tw.data.documents import Document, expand_inputs, read_documents
 from megatron_tw.data.growing import GrowingFolder
 from megatron_tw.data.prepare import prepare_rows
-from megatron_tw.data.rows import TokenRows
+from megatron_tw.data.rows import TokenRows, check_fingerprint
+from megatron_tw.data.rows_format import RowCounts
+from megatron_tw.data.rows_writer import RowsWriter
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [TEXT[start : start + 100 + 37 * (start % 11)] for start in range(0, 8000, 100)]
@@ -250,10 +252,10 @@ def test_a_process_that_is_killed_again_and_again(tmp_path: Path) -> None:
 def test_the_index_is_megatrons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocab_size: int | None) -> None:
     monkeypatch.setattr("megatron_tw.data.files.PART_ROWS", 3)  # many parts
     monkeypatch.setattr("megatron_tw.data.appending.PART_ROWS", 3)
-    monkeypatch.setattr(rows, "PART_ROWS", 3)
+    monkeypatch.setattr(rows_format, "PART_ROWS", 3)
     dtype = DType.optimal_dtype(vocab_size)
     builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype)
-    writer = rows.RowsWriter(tmp_path, seq_length=4, vocab_size=vocab_size, bos_id=None)
+    writer = RowsWriter(tmp_path, seq_length=4, vocab_size=vocab_size, bos_id=None)
     draw = np.random.default_rng(0)
     documents, count = [], 0
     for document in range(0, 40, 2):  # every other document gave no row
@@ -265,11 +267,11 @@ def test_the_index_is_megatrons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         count += len(rows_RN)
     builder.finalize(str(tmp_path / "theirs.idx"))
     np.save(tmp_path / "theirs.npy", np.array(documents))
-    counts = rows.RowCounts(documents=40, tokens=3 * count, rows=count, documents_too_short=20, tokens_dropped=0)
+    counts = RowCounts(documents=40, tokens=3 * count, rows=count, documents_too_short=20, tokens_dropped=0)
     writer.close(counts, None)
     for ours, theirs in (("rows.bin", "theirs.bin"), ("rows.idx", "theirs.idx"), ("rows_documents.npy", "theirs.npy")):
         assert (tmp_path / ours).read_bytes() == (tmp_path / theirs).read_bytes(), ours
-    rows.check_fingerprint(TokenRows(tmp_path))
+    check_fingerprint(TokenRows(tmp_path))
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

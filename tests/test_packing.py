@@ -16,7 +16,8 @@ from megatron_tw.data import packing, rows
 from megatron_tw.data.loader import read_batch
 from megatron_tw.data.packing import OPEN_ROWS, Packer, Piece
 from megatron_tw.data.prepare import prepare_rows
-from megatron_tw.data.rows import MARKS_FILE, RowsHeader, TokenRows
+from megatron_tw.data.rows import TokenRows
+from megatron_tw.data.rows_format import MARKS_FILE, RowsHeader
 from megatron_tw.data.tokenizer import load_tokenizer
 from megatron_tw.data.verify import verify_folder
 

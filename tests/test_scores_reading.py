@@ -11,7 +11,8 @@ import torch
 from test_scores import NAMES, data, scored
 from tiny import BOS, STRIDE, WINDOW, edit_header, prepare_ready_rows, reference_rows
 
-from megatron_tw.data.rows import TokenRows, digest_of_all
+from megatron_tw.data.rows import TokenRows
+from megatron_tw.data.rows_format import digest_of_all
 from megatron_tw.data.scores import ScoreRows, check_scores
 
 __all__ = ["data", "scored"]  # fixtures of test_scores

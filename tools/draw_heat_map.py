@@ -22,7 +22,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from megatron_tw.data.rows import TOKENIZER_DIR, TokenRows
+from megatron_tw.data.rows import TokenRows
+from megatron_tw.data.rows_format import TOKENIZER_DIR
 from megatron_tw.data.tokenizer import load_tokenizer
 from megatron_tw.evaluation.report.text import Row
 from megatron_tw.evaluation.report.weights import parse_weighting, weights_of

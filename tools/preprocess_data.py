@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from megatron_tw.config import user_errors
 from megatron_tw.config.arguments import ToolParser, path, text
 from megatron_tw.data.prepare import prepare_rows
-from megatron_tw.data.rows import RowsHeader
+from megatron_tw.data.rows_format import RowsHeader
 
 DESCRIPTION = """\
 Prepares documents as rows of token ids for training and evaluation.

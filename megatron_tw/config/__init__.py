@@ -8,29 +8,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from megatron_tw.config.checks import (
-    check_activations,
     check_checkpoint,
-    check_compute,
     check_config,
-    check_data_parallel,
-    check_fp32_attention,
-    check_kernels,
     check_model,
-    check_model_shape,
     check_optimizer,
     check_own_windows,
-    check_packed,
-    check_parallel,
     check_scorer,
-    check_seq_length,
     check_weighting,
     check_windows,
+)
+from megatron_tw.config.compute_checks import check_activations, check_compute, check_fp32_attention, check_kernels
+from megatron_tw.config.errors import user_errors
+from megatron_tw.config.layout_checks import (
+    check_data_parallel,
+    check_model_shape,
+    check_packed,
+    check_parallel,
+    check_seq_length,
     data_parallel_size,
     num_microbatches,
     padded_vocab_size,
     virtual_pipeline_size,
 )
-from megatron_tw.config.errors import user_errors
 from megatron_tw.config.schema import (
     DEFAULT_KEEP_LOGITS_MIB,
     ActivationConfig,

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_tw.config.checks import check_model, check_parallel
+from megatron_tw.config.checks import check_model
+from megatron_tw.config.layout_checks import check_parallel
 from megatron_tw.config.options import flag
 from megatron_tw.config.schema import ModelConfig, ParallelConfig, ShardingConfig
 

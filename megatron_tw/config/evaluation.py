@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from megatron_tw.config.checks import check_compute, check_model, check_own_windows, check_parallel, check_seq_length
+from megatron_tw.config.checks import check_model, check_own_windows
+from megatron_tw.config.compute_checks import check_compute
+from megatron_tw.config.layout_checks import check_parallel, check_seq_length
 from megatron_tw.config.options import flag
 from megatron_tw.config.ruler import RulerOptions, check_ruler
 from megatron_tw.config.schema import ComputeConfig, ModelConfig, ParallelConfig, WindowsConfig

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from megatron_tw.config.checks import check_compute, check_model, check_parallel, check_windows
+from megatron_tw.config.checks import check_model, check_windows
+from megatron_tw.config.compute_checks import check_compute
+from megatron_tw.config.layout_checks import check_parallel
 from megatron_tw.config.schema import ComputeConfig, ModelConfig, ParallelConfig, ShortWindows, WindowsConfig
 
 

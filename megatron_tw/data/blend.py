@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_tw.data.loader import RowOrder
-from megatron_tw.data.rows import Row, RowsHeader, TokenRows
+from megatron_tw.data.rows import Row, TokenRows
+from megatron_tw.data.rows_format import RowsHeader
 
 
 class Blend:

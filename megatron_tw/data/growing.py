@@ -27,7 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_tw.data.files import check_new_folder, header_json, making, numpy_file, read_header, write_synced
-from megatron_tw.data.rows import HEADER_FILE, RowsSoFar
+from megatron_tw.data.rows_format import HEADER_FILE
+from megatron_tw.data.rows_writer import RowsSoFar
 
 FORMAT_VERSION = 1
 PLAN, PROGRESS, ROWS, LOCK = "plan.json", "progress.json", "rows", "lock"

@@ -4,7 +4,7 @@ A document goes into the first open row that has room for it. Where none has, th
 place among the rows, and a new one is opened; so memory is bounded, and the rows depend on the documents alone. What is
 left of a row is padding, of which every multiple counts as a document without targets.
 
-Shapes: N tokens of a row, K = 3 kinds of marks (see rows.py).
+Shapes: N tokens of a row, K = 3 kinds of marks (see rows_format.py).
 """
 
 from collections.abc import Iterator, Mapping

@@ -32,7 +32,8 @@ from megatron_tw.data.documents import MASK_KEY, Document, check_memory, expand_
 from megatron_tw.data.growing import GrowingFolder, Plan, Written, growing_folder, inputs_digest
 from megatron_tw.data.packing import PackedRow, Packer, Piece
 from megatron_tw.data.progress import Progress
-from megatron_tw.data.rows import TOKENIZER_DIR, RowCounts, RowsHeader, RowsWriter, TokenizerInfo, file_digests
+from megatron_tw.data.rows_format import TOKENIZER_DIR, RowCounts, RowsHeader, TokenizerInfo, file_digests
+from megatron_tw.data.rows_writer import RowsWriter
 from megatron_tw.data.tokenizer import Encoder, Tokenizer, load_tokenizer
 
 GROUP_BYTES = 1 << 20  # of documents that travel to a worker together
@@ -90,7 +91,7 @@ def prepare_rows(
     progress: bool = False,
     pack_multiple: int | None = None,
 ) -> RowsHeader:
-    """Prepares the rows of `inputs` in the new folder `output` (what it holds: rows.py), going on where a process that
+    """Prepares the rows of `inputs` in the new folder `output` (rows_format.py), going on where a process that
     was given the same was killed.
 
     Args:

@@ -19,7 +19,8 @@ import numpy.typing as npt
 import torch
 
 from megatron_tw.data.files import sync, write_synced
-from megatron_tw.data.rows import TokenRows, digest_of_all
+from megatron_tw.data.rows import TokenRows
+from megatron_tw.data.rows_format import digest_of_all
 from megatron_tw.data.scores import (
     DIGESTS_FILE,
     HEADER_FILE,

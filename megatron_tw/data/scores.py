@@ -25,7 +25,8 @@ import torch
 
 from megatron_tw.config.options import flag
 from megatron_tw.data.files import check_index, check_sizes, header_json, index_size, load_int64, read_header
-from megatron_tw.data.rows import TokenRows, check_fingerprint, digest_of_all, row_digest
+from megatron_tw.data.rows import TokenRows, check_fingerprint
+from megatron_tw.data.rows_format import digest_of_all, row_digest
 
 FORMAT = "megatron_tw score rows"
 FORMAT_VERSION = 2

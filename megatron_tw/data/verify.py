@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_tw.data.progress import Progress
-from megatron_tw.data.rows import HEADER_FILE as ROWS_HEADER
 from megatron_tw.data.rows import TokenRows, check_fingerprint
+from megatron_tw.data.rows_format import HEADER_FILE as ROWS_HEADER
 from megatron_tw.data.scores import HEADER_FILE as SCORES_HEADER
 from megatron_tw.data.scores import ScoreRows
 

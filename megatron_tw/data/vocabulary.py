@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from megatron_tw.data.rows import TOKENIZER_DIR, TokenRows, check_rows
+from megatron_tw.data.rows import TokenRows, check_rows
+from megatron_tw.data.rows_format import TOKENIZER_DIR
 from megatron_tw.data.tokenizer import VOCABULARY_FILES, load_tokenizer
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_tw.data.rows import RowsHeader
+from megatron_tw.data.rows_format import RowsHeader
 from megatron_tw.model.forward import (
     ShortWindowForward,
     forward_nll,

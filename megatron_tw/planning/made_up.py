@@ -15,7 +15,8 @@ from torch import Tensor
 
 from megatron_tw.config import RunConfig, check_config, data_parallel_size
 from megatron_tw.data.blend import Blend
-from megatron_tw.data.rows import Row, RowCounts, RowsHeader, TokenRows
+from megatron_tw.data.rows import Row, TokenRows
+from megatron_tw.data.rows_format import RowCounts, RowsHeader
 from megatron_tw.data.scores import ScoreRows
 from megatron_tw.model.architecture import Architecture
 from megatron_tw.model.gpt import TokenWeightedGPT

@@ -16,12 +16,9 @@ a process on each rank that does, and `UnfinishedCheckpoint.complete` the rest.
 
 import inspect
 import json
-import logging
 import os
-import pickle
 import shutil
 import uuid
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -32,13 +29,11 @@ import torch
 import torch.distributed as dist
 from megatron import core
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tw.config import save_config
 from megatron_tw.model.architecture import export_hf_config
@@ -47,6 +42,7 @@ from megatron_tw.model.gpt import TokenWeightedGPT
 from megatron_tw.parallel.agree import raise_together
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.runtime.beside import WriterBeside
+from megatron_tw.runtime.checkpoint_errors import damage_named, no_warnings_of_torch, one_error
 from megatron_tw.runtime.checksums import Entry, seal
 from megatron_tw.runtime.lock import FolderLock
 from megatron_tw.runtime.optimizer import load_optimizer
@@ -63,13 +59,6 @@ from megatron_tw.runtime.run_folder import (
 )
 
 CONFIG_FILE = "config.yaml"
-for _name in ("filesystem_async", "torch"):  # the one raises too what it logs; the other advises to install NVRx
-    logging.getLogger(f"megatron.core.dist_checkpointing.strategies.{_name}").setLevel(logging.CRITICAL)
-_OF_DAMAGE = (
-    *(OSError, EOFError, RuntimeError, KeyError),
-    *(pickle.UnpicklingError, AttributeError, ImportError, IndexError, TypeError, ValueError),
-)
-"""What Megatron-Core and torch raise for damaged files; the second line is of what pickle raises for its own."""
 _FOR_ANY_LAYOUT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
@@ -120,7 +109,7 @@ class UnfinishedCheckpoint:
         with _whole_or_nothing(self.partial, f"{self.option}: {self.directory.name}"):
             if beside is not None:
                 self.beside = None
-                with _one_error():
+                with one_error():
                     digests = beside.finish()
             seal(self.partial, digests)
             with _on_rank_0():
@@ -222,7 +211,7 @@ def begin_checkpoint(
             sharded["scheduler"] = scheduler.state_dict()
         scorer_state = scorer.sharded_state() if scorer is not None else {}
         sharded |= scorer_state
-        with _one_error():
+        with one_error():
             _write_shards(sharded, unfinished, beside=beside)
         with _on_rank_0():
             if layout.rank == 0:
@@ -307,7 +296,7 @@ def load_checkpoint(
         sharded["optimizer"] = optimizer.sharded_state_dict(_model_state(chunks), is_loading=True, metadata=metadata)
     if scorer is not None and saved.scorer_state:
         sharded |= scorer.sharded_state()
-    with _no_warnings_of_torch(), _damage_named(saved):
+    with no_warnings_of_torch(), damage_named(saved):
         FileSystemReader(saved.directory).read_metadata()  # where this fails, torch prints a traceback and goes on
         strategy = None
         if share_among is not None and share_among.size() > 1:
@@ -376,25 +365,6 @@ def _on_rank_0() -> Iterator[None]:
     raise_together(error)
 
 
-@contextmanager
-def _one_error() -> Iterator[None]:
-    """Around Megatron's writing: its ways to say that a file cannot be written, as one OSError.
-
-    What a writer of some rank meets is raised on every rank, but told to rank 0 alone; what rank 0 meets in the files
-    that it alone writes is raised there, and the others wait for their launcher to end them.
-    """
-    failed = None
-    try:
-        yield
-    except CheckpointException as error:
-        failed = OSError("; ".join(sorted({str(reason) for reason, _ in error.failures.values()})))
-    except RuntimeError as error:
-        if not any(name in str(error) for name in ("inline_container", "PytorchStreamWriter", "iostream error")):
-            raise
-        raise OSError(f"common.pt: {str(error).splitlines()[0]}") from error
-    raise_together(failed)
-
-
 def _without_gathered_state(common: dict[str, Any]) -> dict[str, Any]:
     """The state that all ranks must have alike: without the optimizer's, which is gathered on one data-parallel rank
     and None on the others."""
@@ -402,38 +372,6 @@ def _without_gathered_state(common: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(optimizer, dict):
         return common
     return common | {"optimizer": {key: value for key, value in optimizer.items() if key != "param_state"}}
-
-
-@contextmanager
-def _damage_named(saved: SavedCheckpoint) -> Iterator[None]:
-    """Around Megatron's reading: its ways to say that a file is damaged, as one line. It reads what earlier versions
-    wrote, but not always what later ones did."""
-    try:
-        yield
-    except (CheckpointException, CheckpointingException, *_OF_DAMAGE) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        reason: object = error
-        if isinstance(error, CheckpointException) and error.failures:
-            reason = next(iter(error.failures.values()))[0]
-        text = (str(reason).splitlines() or [""])[0] or type(reason).__name__
-        if saved.megatron_core not in ("", core.__version__):
-            text += f"; megatron-core {saved.megatron_core} wrote it, {core.__version__} reads it"
-        raise ValueError(f"{saved.directory}: cannot be read; a file of it is damaged or missing ({text})") from error
-
-
-@contextmanager
-def _no_warnings_of_torch() -> Iterator[None]:
-    """Without torch's advice to Megatron-Core, which a user cannot take."""
-    with warnings.catch_warnings():
-        for message, category in (
-            ("`load_state_dict` is deprecated", FutureWarning),
-            ("Please use DTensor instead", FutureWarning),
-            ("torch.distributed is disabled, unavailable or uninitialized", UserWarning),  # it reads on each rank
-            ("The argument order of load has been changed", UserWarning),
-        ):
-            warnings.filterwarnings("ignore", message=message, category=category)
-        yield
 
 
 def _sync_folder(folder: Path) -> None:

@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from megatron_tw.config import RunConfig, check_config, check_own_windows, check_packed, data_parallel_size
 from megatron_tw.data.blend import Blend
-from megatron_tw.data.rows import TOKENIZER_DIR, TokenRows
+from megatron_tw.data.rows import TokenRows
+from megatron_tw.data.rows_format import TOKENIZER_DIR
 from megatron_tw.evaluation.ruler.scoring import Work
 from megatron_tw.model.build import check_export_target
 from megatron_tw.parallel.devices import prepare_device

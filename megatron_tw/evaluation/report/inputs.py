@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_tw.data.rows import TOKENIZER_DIR, TokenRows
+from megatron_tw.data.rows import TokenRows
+from megatron_tw.data.rows_format import TOKENIZER_DIR
 from megatron_tw.data.tokenizer import load_tokenizer
 from megatron_tw.evaluation.compare import Comparison, compare
 from megatron_tw.evaluation.key_tokens import KeyTokens
