@@ -276,7 +276,7 @@ def test_the_index_is_megatrons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor with its files' sizes: one line-file of any size."""
-    for module in ("files", "appending", "rows"):
+    for module in ("files", "appending", "rows_format"):
         monkeypatch.setattr(f"megatron_tw.data.{module}.PART_ROWS", 200)  # what is held at a time
 
     def peak(documents: int) -> int:
