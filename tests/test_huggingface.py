@@ -57,7 +57,6 @@ from megatron_tw.training.loop import Run
 
 METRICS = {
     "loss": "weighted_loss",
-    "weighted_loss": "weighted_loss",
     "lm_loss": "unweighted_loss",
     "grad_norm": "grad_norm",
     "weight_std": "weight_std",
@@ -275,7 +274,7 @@ def test_uneven_masks_with_sparse_weights(tmp_path):
             number, top = int(valid.sum()), int(0.25 * int(valid.sum()))
             weighted += float(long[valid][score.argsort(descending=True)[:top]].sum()) * number / top
             count, kept = count + number, kept + top
-    assert logs["weighted_loss"][0] == pytest.approx(weighted / count, rel=1e-5)
+    assert logs["loss"][0] == pytest.approx(weighted / count, rel=1e-5)
     assert logs["zero_weight_share"][0] == pytest.approx(1 - kept / count)
 
 
@@ -330,8 +329,53 @@ def test_logs_are_means_of_the_steps_since_the_last(tmp_path, reference):
     every, second = (
         train(data, DENSE, tmp_path, logging_steps=steps, **options) for steps in (1, 2)
     )  # fmt: skip
-    for name in ("loss", "weighted_loss", "lm_loss", "weight_std"):
+    for name in ("loss", "lm_loss", "weight_std"):
         assert second[name] == pytest.approx(every[name].reshape(2, 2).mean(1), rel=1e-6)
+    of_the_trainer = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
+    assert every.keys() - of_the_trainer == {
+        *("lm_loss", "short_lm_loss", "weight_mean", "weight_std", "weight_entropy", "effective_sample_size"),
+        *("zero_weight_share", "weight_share_beyond_context"),
+    }  # fmt: skip
+
+
+def test_a_step_without_targets_is_in_no_mean(tmp_path, reference):
+    """Its answers were cut away, say. Steps of two rows, of which the second has no label at all."""
+    rows = whole_rows(order_of(reference)).examples[:6]
+    masked = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in rows[2:4]]
+    data, options = Examples([*rows[:2], *masked, *rows[4:]]), {"gradient_accumulation_steps": 2, "max_steps": 3}
+    logs = []
+    for steps in (1, 3):
+        trainer = TokenWeightingTrainer(
+            model=load_tiny_llama(),
+            args=arguments(tmp_path, logging_steps=steps, **options),
+            train_dataset=data,
+            token_weighting=DENSE,
+        )
+        trainer.train()
+        logs.append([entry["lm_loss"] for entry in trainer.state.log_history if "lm_loss" in entry])
+    every, (of_three,) = logs
+    assert len(every) == 2
+    assert of_three == pytest.approx(np.mean(every), rel=1e-6)
+    trainer = TokenWeightingTrainer(
+        model=load_tiny_llama(),
+        args=arguments(tmp_path),
+        train_dataset=data,
+        eval_dataset=Examples(masked),
+        token_weighting=DENSE,
+    )
+    assert np.isnan(trainer.evaluate()["eval_loss"]), "as the Trainer's own: no loss, not one of 0"
+
+
+def test_models_made_anew_for_every_trial_train(tmp_path, reference):
+    data = whole_rows(order_of(reference)[:2])
+    losses = []
+    for given in ({"model": load_tiny_llama()}, {"model_init": load_tiny_llama}):
+        trainer = TokenWeightingTrainer(
+            **given, args=arguments(tmp_path, max_steps=2), train_dataset=data, token_weighting=DENSE
+        )
+        trainer.train()
+        losses.append(logs_of(trainer)["loss"].tolist())
+    assert losses[0] == losses[1]
 
 
 def test_exact_counts_context_from_the_start_of_a_document(tmp_path):

@@ -95,6 +95,7 @@ def test_the_schedule_is_put_in_and_taken_out(kind, stand_in):
     context = SimpleNamespace(state=SimpleNamespace(cfg=config_of(), train_state=progress))
     for _ in range(2):
         manager.fire("on_data_init_start", context)
+        assert stand_in.get_forward_backward_func is not own
         schedule = stand_in.get_forward_backward_func(pp_size=1, vp_size=None)
         assert isinstance(schedule, TokenWeightedSchedule)
         assert schedule.own is schedule_of_core
@@ -103,9 +104,11 @@ def test_the_schedule_is_put_in_and_taken_out(kind, stand_in):
         progress.step = 4
         assert schedule.step().iteration == 4, "asked at every step"
         progress.step = 3
-    manager.fire("on_train_end", context)
+        assert stand_in.get_forward_backward_func is own, "a loop takes it once; one without the callback gets its own"
+        assert applied_patches() == ()
+    manager.fire("on_data_init_start", context)  # of a run that ends before its loop
+    weighting.remove()
     assert stand_in.get_forward_backward_func is own
-    assert applied_patches() == ()
 
 
 @pytest.mark.parametrize(
@@ -127,7 +130,7 @@ def test_the_schedule_is_put_in_and_taken_out(kind, stand_in):
             "dataset.enable_in_batch_packing: can",
         ),
         (lambda config: setattr(config, "peft", "lora"), "peft: cannot go with"),
-        (lambda config: setattr(config.model, "seq_length", 64), "--short-window: expected less than 64"),
+        (lambda config: setattr(config.model, "seq_length", 64), "^short_window: expected less than 64"),
     ],
 )
 def test_what_cannot_be_gone_with_is_refused_by_name(change, message):
@@ -138,6 +141,16 @@ def test_what_cannot_be_gone_with_is_refused_by_name(change, message):
         check_config(config, options)
 
 
-def test_an_unknown_option_is_refused():
-    with pytest.raises(TypeError, match="nonesuch"):
-        TokenWeighting("dense", nonesuch=1)
+@pytest.mark.parametrize(
+    ("weighting", "options", "message"),
+    [
+        ("dens", {"short_window": 64}, "^weighting: expected one of uniform, dense"),
+        ("dense", {"short_window": 64, "interpolation": 3}, "^interpolation: expected 0"),
+        ("dense", {"short_window": 64, "short_stride": 0}, "^short_stride: expected 1 or more, got 0"),
+        ("dense", {}, "^short_window: the weighting compares"),
+        ("dense", {"nonesuch": 1}, "expected options of .*min_short_context.*, got nonesuch"),
+    ],
+)
+def test_wrong_arguments_are_named_at_once(weighting, options, message):
+    with pytest.raises(TypeError if "nonesuch" in options else ValueError, match=message):
+        TokenWeighting(weighting, **options)

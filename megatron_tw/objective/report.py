@@ -2,6 +2,7 @@
 data-parallel ranks before any division. M = rows of a micro-batch, T = targets of a row.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -138,21 +139,23 @@ class StepReport:
 
         weighted_loss, lm_loss (unweighted), short_lm_loss (the scorer's, when `scored`); of the weights mean, std,
         entropy (nats, of a row's weights as shares), effective sample size ((sum w)^2 / sum w^2, as a share of the
-        targets), shares of zeros and beyond the old context; and by_position, a dict for each bucket.
+        targets), shares of zeros and beyond the old context; and by_position, a dict for each bucket. Means over
+        targets are NaN where there is none.
         """
         total = dict(zip(_SUMS, sums, strict=False))
+        targets = total["targets"] or math.nan
         buckets = len(self.edges) - 1
         columns = [sums[len(_SUMS) + i * buckets :][:buckets] for i in range(len(_POSITION_SUMS))]
         short_nll = sum(columns[_POSITION_SUMS.index("short_nll")])
         return {
-            "weighted_loss": total["weighted_nll"] / total["targets"],
-            "lm_loss": total["nll"] / total["targets"],
-            **({"short_lm_loss": short_nll / total["targets"]} if scored else {}),
-            "weight_mean": total["weights"] / total["targets"],
+            "weighted_loss": total["weighted_nll"] / targets,
+            "lm_loss": total["nll"] / targets,
+            **({"short_lm_loss": short_nll / targets} if scored else {}),
+            "weight_mean": total["weights"] / targets,
             "weight_std": total["weight_std"] / total["rows"],
             "weight_entropy": total["weight_entropy"] / total["rows"],
-            "effective_sample_size": total["effective_targets"] / total["targets"],
-            "zero_weight_share": total["zero_weights"] / total["targets"],
+            "effective_sample_size": total["effective_targets"] / targets,
+            "zero_weight_share": total["zero_weights"] / targets,
             "weight_share_beyond_context": total["weights_beyond"] / total["weights"] if total["weights"] else 0.0,
             "by_position": [
                 self._bucket(i, dict(zip(_POSITION_SUMS, bucket, strict=True)), scored)

@@ -1,14 +1,13 @@
 """What a Trainer is told of token weighting: one frozen dataclass, with the names of this project's options."""
 
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from torch import nn
 
 from megatron_tw.config import ShortWindows, WindowsConfig, check_windows
+from megatron_tw.integrations.arguments import arguments_named
 from megatron_tw.weighting import Scheme, WeightingSchedule, parse_schedule
 from megatron_tw.weighting.schedule import ScheduleEntries, Stage
 from megatron_tw.weighting.schemes import preset
@@ -111,30 +110,6 @@ class TokenWeightingConfig:
         decided = self.windows.of_rows(length)
         assert decided is not None, "no short_window"
         return decided
-
-
-_ARGUMENTS = {"name": "weighting", "schedule": "weighting_schedule", "window": "short_window", "stride": "short_stride"}
-"""What the library calls otherwise."""
-
-
-@contextmanager
-def arguments_named() -> Iterator[None]:
-    """Errors name the argument as TokenWeightingConfig has it, not as programs (--short-window) or the library do."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(_argument_names(str(error))) from None
-
-
-def _argument_names(text: str) -> str:
-    """
-    >>> _argument_names("--short-window: expected more than --short-stride, got -1")
-    'short_window: expected more than short_stride, got -1'
-    >>> _argument_names("`name`: expected one of uniform, dense, got 'dens'")
-    "weighting: expected one of uniform, dense, got 'dens'"
-    """
-    text = re.sub(r"--([a-z][a-z-]*)", lambda name: name[1].replace("-", "_"), text)
-    return re.sub(r"`(\w+)`", lambda name: _ARGUMENTS.get(name[1], name[1]), text)
 
 
 def as_config(value: Any) -> TokenWeightingConfig:

@@ -21,13 +21,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from megatron_tw.integrations.arguments import arguments_named
 from megatron_tw.integrations.huggingface.batches import Rows
-from megatron_tw.integrations.huggingface.config import (
-    COLUMN,
-    TokenWeightingConfig,
-    arguments_named,
-    as_config,
-)
+from megatron_tw.integrations.huggingface.config import COLUMN, TokenWeightingConfig, as_config
 from megatron_tw.integrations.huggingface.head import output_head, token_nll
 from megatron_tw.integrations.huggingface.scoring import ShortWindowScorer
 from megatron_tw.objective import ShortNLL, StepReport, weighted_loss
@@ -42,6 +38,19 @@ logger = logging.getLogger(__name__)
 
 _NOT_INPUTS = ("labels", "num_items_in_batch", COLUMN)
 """What a batch holds, or a Trainer adds, that is not for a model which is called without labels."""
+
+
+_LOGGED = (
+    "lm_loss",
+    "short_lm_loss",
+    "weight_mean",
+    "weight_std",
+    "weight_entropy",
+    "effective_sample_size",
+    "zero_weight_share",
+    "weight_share_beyond_context",
+)
+"""Of a step's metrics, what stands in the Trainer's log beside its `loss`, which is the weighted one."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +140,12 @@ class TokenWeightingMixin(_Base):
             # Every call of a sharded model gathers its parameters, on all ranks together.
             most=self._most if sharded and config.scorer == "unfrozen" else None,
         )
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Called by the Trainer for a model of each trial, whose head is its own."""
+        model: nn.Module = super().call_model_init(trial)
+        self._head = output_head(model)
+        return model
 
     @property
     def _settings(self) -> TokenWeightingConfig:
@@ -256,11 +271,11 @@ class TokenWeightingMixin(_Base):
                 f"NLL: {metrics['nonfinite']:.0f} targets of step {self.state.global_step + 1} are NaN or infinite; no "
                 "update was made"
             )
-        for name in ("by_position", "rows", "nonfinite"):
-            del metrics[name]
+        logged = {name: metrics[name] for name in _LOGGED if name in metrics}
         if self._settings.short_window is None:
-            del metrics["weight_share_beyond_context"]
-        self._step_metrics.append(metrics)
+            del logged["weight_share_beyond_context"]
+        if metrics["targets"]:  # else there is nothing that a mean could be of
+            self._step_metrics.append(logged)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Training logs get the means of the steps since the last one, as the Trainer's `loss` is one."""
@@ -286,7 +301,7 @@ class TokenWeightingMixin(_Base):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         rows = Rows.of_batch(inputs, self.args.device)
-        count = self.accelerator.gather(rows.num_valid).sum().clamp(min=1)
+        count = self.accelerator.gather(rows.num_valid).sum()  # 0: the loss is NaN, as the Trainer's own
         with torch.no_grad(), self.compute_loss_context_manager():
             nll_RS = token_nll(model, self._head, rows.labels_RS, _model_inputs(inputs), check_output=True)
         return nll_RS.sum() / count * self.accelerator.num_processes, None, None

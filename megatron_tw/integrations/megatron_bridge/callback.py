@@ -1,4 +1,4 @@
-"""A callback of Megatron-Bridge that puts the token-weighted schedule in its training loop's hands, and takes it out.
+"""A callback of Megatron-Bridge that puts the token-weighted schedule in its training loop's hands.
 
 The schedule is the one of the Megatron-LM plug-in; what differs is where a run says how far it is, and what it is
 configured with.
@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from megatron_tw.config import WeightingOptions, WindowsConfig
+from megatron_tw.integrations.arguments import arguments_named
 from megatron_tw.integrations.megatron_bridge.checks import check_config
 from megatron_tw.integrations.megatron_lm.options import TokenWeightingOptions
 from megatron_tw.integrations.megatron_lm.schedule import Step, TokenWeightedSchedule
@@ -31,7 +32,6 @@ BRIDGE_SEAMS = (
     seam("megatron.bridge.training.pretrain", "pretrain", "config forward_step_func callbacks"),
     seam("megatron.bridge.training.finetune", "finetune", "config forward_step_func callbacks"),
     seam("megatron.bridge.training.callbacks", "Callback.on_data_init_start", "self context"),
-    seam("megatron.bridge.training.callbacks", "Callback.on_train_end", "self context"),
 )
 
 
@@ -41,11 +41,18 @@ class TokenWeighting:
     weighting: the scheme, as `--weighting` takes it. options: fields of WeightingOptions and WindowsConfig (those of
     the command line, with underscores), and bos_id.
 
+    The schedule is in place from `on_data_init_start` until Megatron-Bridge's loop has taken it, which is once a run;
+    `remove` takes it away from a run that ended in between.
+
     Raises:
         TypeError: an unknown option.
+        ValueError: a value out of range, or options that do not go together; names the argument.
     """
 
     def __init__(self, weighting: str, *, bos_id: int | None = None, **options: Any) -> None:
+        known = {field.name for kind in (WeightingOptions, WindowsConfig) for field in fields(kind)}
+        if unknown := options.keys() - known:
+            raise TypeError(f"TokenWeighting: expected options of {', '.join(sorted(known))}, got {min(unknown)}")
         windows = {field.name for field in fields(WindowsConfig)} & options.keys()
         self.options = TokenWeightingOptions(
             weighting=WeightingOptions(
@@ -54,6 +61,8 @@ class TokenWeighting:
             windows=WindowsConfig(**{name: options[name] for name in windows}),
             bos_id=bos_id,
         )
+        with arguments_named():
+            self.options.check(2**62)  # rows long enough for any window; others when they come
 
     def on_data_init_start(self, context: Any) -> None:
         """Called by Megatron-Bridge when the model stands and its loop has not begun.
@@ -72,13 +81,15 @@ class TokenWeighting:
 
         def weighted(own: Callable[..., Any]) -> Callable[..., Any]:
             def get_forward_backward_func(*groups: Any, **named: Any) -> Callable[..., Any]:
+                self.remove()
                 return TokenWeightedSchedule(own(*groups, **named), self.options, step)
 
             return get_forward_backward_func
 
-        remove_patches(NAME)  # what a run that failed has left
+        self.remove()  # what a run that failed has left
         apply_patches(NAME, {"get_forward_backward_func": weighted})
 
-    def on_train_end(self, context: Any) -> None:
-        """Called by Megatron-Bridge after its loop."""
+    @staticmethod
+    def remove() -> None:
+        """Give back the name that is rebound, in this process; nothing where none is."""
         remove_patches(NAME)

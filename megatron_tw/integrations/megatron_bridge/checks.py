@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from megatron_tw.integrations.arguments import arguments_named
 from megatron_tw.integrations.megatron_lm.checks import REFUSED
 from megatron_tw.integrations.megatron_lm.options import TokenWeightingOptions
 
@@ -39,4 +40,5 @@ def check_config(config: Any, options: TokenWeightingOptions) -> None:
             )
     if getattr(config, "peft", None) is not None:
         raise ValueError("peft: cannot go with token weighting: it was not tried")
-    options.check(config.model.seq_length)
+    with arguments_named():
+        options.check(config.model.seq_length)

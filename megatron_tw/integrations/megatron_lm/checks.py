@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_tw.integrations.megatron_lm.options import TokenWeightingOptions
+from megatron_tw.integrations.megatron_lm.options import TokenWeightingOptions, renamed
 
 
 @dataclass(frozen=True)
@@ -93,4 +93,4 @@ def check_arguments(args: Namespace, options: TokenWeightingOptions) -> None:
         )
     if getattr(args, "decoder_seq_length", None) not in (None, args.seq_length):
         raise ValueError(f"--decoder-seq-length {args.decoder_seq_length}: cannot go with --token-weighting")
-    options.check(args.seq_length)
+    renamed(lambda: options.check(args.seq_length))

@@ -30,23 +30,19 @@ class TokenWeightingOptions:
     bos_id: int | None = None
 
     def schedule(self) -> WeightingSchedule:
-        """The scheme of every step. Raises ValueError; names the option as it is called here."""
-        return renamed(lambda: schedule_from_options(self.weighting))
+        """The scheme of every step. Raises ValueError; names the option as this project's own programs do."""
+        return schedule_from_options(self.weighting)
 
     def windows_of_rows(self, seq_length: int) -> ShortWindows | None:
         """The windows of rows of `seq_length` tokens, None without --short-window."""
         return self.windows.of_rows(seq_length)
 
     def check(self, seq_length: int) -> None:
-        """Raises ValueError where options do not fit each other or rows of `seq_length` tokens."""
-
-        def check() -> None:
-            check_weighting(self.weighting)
-            check_own_windows(self.windows, seq_length)
-
-        renamed(check)
+        """Raises ValueError where options do not fit each other or rows of `seq_length` tokens; see `schedule`."""
+        check_weighting(self.weighting)
+        check_own_windows(self.windows, seq_length)
         schedule = self.schedule()
-        renamed(lambda: schedule.check_rows(seq_length + 1))  # as many tokens as S targets take
+        schedule.check_rows(seq_length + 1)  # as many tokens as S targets take
         if schedule.needs_scorer and self.windows.short_window is None:
             raise ValueError("--short-window: the weighting compares with short windows, got none")
 

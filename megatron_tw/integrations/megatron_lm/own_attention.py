@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import nn
 
@@ -21,8 +22,9 @@ from megatron_tw.model.sequence import SequenceShard
 __all__ = ["SequenceShard", "has_own_attention", "own_attention_of_rows"]
 
 
-def has_own_attention(model: Sequence[nn.Module]) -> bool:
-    """Whether the layers of these model chunks have this project's core attention.
+def has_own_attention(model: Sequence[nn.Module], pp_group: dist.ProcessGroup) -> bool:
+    """Whether the layers of this model, of which a pipeline stage has these chunks, have this project's core attention.
+    Collective over the stages, of which some may have no layer.
 
     Raises:
         ValueError: some have.
@@ -31,7 +33,9 @@ def has_own_attention(model: Sequence[nn.Module]) -> bool:
     own = {name for name in kinds if name in (ContextParallelAttention.__name__, "ShardedTEAttention")}
     if own and own != kinds:
         raise ValueError(f"--spec: expected one core attention in all layers, got {', '.join(sorted(kinds))}")
-    return bool(own)
+    found = torch.tensor(bool(own), dtype=torch.int32, device=next(model[0].parameters()).device)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=pp_group)
+    return bool(found)
 
 
 def _is_core_attention(part: nn.Module) -> bool:

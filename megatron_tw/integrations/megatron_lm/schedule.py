@@ -44,6 +44,7 @@ class TokenWeightedSchedule:
     def __init__(self, own: Callable[..., Any], options: TokenWeightingOptions, step: Callable[[], Step]) -> None:
         self.own, self.options, self.step = own, options, step
         self.schemes = options.schedule()
+        self._own_attention: bool | None = None
         self._windows: WindowPass | None = None
         self._compared = False
 
@@ -64,7 +65,9 @@ class TokenWeightedSchedule:
         given = {"model": model, "num_microbatches": num_microbatches, "seq_length": seq_length,
                  "micro_batch_size": micro_batch_size, "forward_only": forward_only, **others}  # fmt: skip
         with ExitStack() as stack:
-            own_attention = has_own_attention(chunks)
+            if self._own_attention is None:
+                self._own_attention = has_own_attention(chunks, layout.pp_group)
+            own_attention = self._own_attention
             if own_attention:
                 stack.enter_context(own_attention_of_rows(chunks, layout.cp_group, seq_length))
             if forward_only:
