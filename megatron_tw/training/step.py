@@ -83,7 +83,7 @@ class TrainingStep:
 
         Returns metrics on every rank: those of `StepReport.metrics`; grad_norm (before clipping), learning_rate,
         step_seconds, tokens, masked_targets (that do not count, padding included); model_flops and hardware_flops, of
-        all ranks; skipped_steps, of the whole run; skipped, what is to be said where this step made no update, else None.
+        all ranks; skipped_steps, of the whole run; skipped, what to say where this step made no update, else None.
 
         Raises:
             BadStepError: it is bad, and ends the run; the weights are as they were. On every rank.
@@ -118,7 +118,7 @@ class TrainingStep:
             with self.clock.part("optimizer"):
                 _, grad_norm, _ = self.optimizer.step()
             why = None if math.isfinite(grad_norm) else f"gradients: a norm of {grad_norm}"
-        told = "no update: masks leave no target"
+        told: str | None = "no update: masks leave no target"
         if targets:
             told = self.bad_steps.count(why, metrics["lm_loss"], iteration)
         self.scheduler.step(increment=1)
