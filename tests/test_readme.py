@@ -1,5 +1,5 @@
-"""The commands in README.md and docs/: those for two CPU ranks are run, the options of the others are read by the
-program's own parser, and checked."""
+"""The commands in README.md and docs/: those for two CPU ranks are run (with --full), the options of all
+are read by the program's own parser, and checked."""
 
 import argparse
 import importlib
