@@ -369,7 +369,7 @@ def test_a_step_without_targets_is_in_no_mean(tmp_path, reference):
 def test_models_made_anew_for_every_trial_train(tmp_path, reference):
     data = whole_rows(order_of(reference)[:2])
     losses = []
-    for given in ({"model": load_tiny_llama()}, {"model_init": load_tiny_llama}):
+    for given in ({"model": load_tiny_llama()}, {"model_init": lambda: load_tiny_llama()}):
         trainer = TokenWeightingTrainer(
             **given, args=arguments(tmp_path, max_steps=2), train_dataset=data, token_weighting=DENSE
         )

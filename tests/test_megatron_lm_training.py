@@ -48,6 +48,7 @@ LAYOUTS = {
     "CP2": (Axes(cp=2), OWN_ATTENTION),
     "TP2-SP": (Axes(tp=2), "--sequence-parallel"),
     "PP2-VPP": (Axes(pp=2), "--num-layers-per-virtual-pipeline-stage 1"),
+    "PP2xCP2": (Axes(pp=2, cp=2), f"{OWN_ATTENTION} --pipeline-model-parallel-layout Etttt|L"),  # one without layers
 }
 METRICS = {
     "weighted loss": "weighted_loss",
@@ -125,7 +126,7 @@ DENSE_RUN, SPARSE_RUN = ("trajectory_dense_unfrozen", DENSE), ("trajectory_spars
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_trajectories(layout, run, reference):
-    for name, options in [DENSE_RUN] if layout in ("TP2-SP", "PP2-VPP") else [DENSE_RUN, SPARSE_RUN]:
+    for name, options in [DENSE_RUN] if layout in ("TP2-SP", "PP2-VPP", "PP2xCP2") else [DENSE_RUN, SPARSE_RUN]:
         logs, _ = run(layout, options)
         expected = np.load(reference / f"{name}.npz")
         for ours, theirs in METRICS.items():

@@ -1,7 +1,6 @@
 """A packed row is its documents run one by one, in every layout: NLLs, weights, gradients, training, scores."""
 
 import doctest
-import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -505,41 +504,6 @@ def masked_step(config: Any, mask_RN: np.ndarray) -> tuple[dict[str, Any], dict[
     targets = int(mask_RN[:, 1:].sum())
     expected = {"weighted_loss": weighted / targets, "lm_loss": unweighted / targets}
     return metrics, {**expected, "masked_targets": mask_RN[:, 1:].size - targets}
-
-
-def test_a_step_without_a_target_makes_no_update(ranks, tmp_path: Path) -> None:
-    """A long prompt fills rows of its own: of these two rows, one is masked whole."""
-    ids = reference_rows()[0]
-    mask = [0] * (SEQ_LENGTH - 1) + [1] * (SEQ_LENGTH - 1)
-    source = write_jsonl(tmp_path / "in.jsonl", [{"input_ids": 2 * ids[1:].tolist(), "loss_mask": mask}])
-    prepare_rows([source], tmp_path / "rows", seq_length=SEQ_LENGTH, tokenizer=None, vocab_size=VOCAB, bos_id=BOS)
-    config = options(Axes(), tmp_path / "rows", weighting=DENSE, train=TrainConfig(train_iters=2, global_batch_size=1))
-    ((steps, unchanged),) = ranks(1).run(two_steps, config)
-    by_targets = {one["masked_targets"]: (one, same) for one, same in zip(steps, unchanged, strict=True)}
-    empty, same = by_targets[SEQ_LENGTH - 1]
-    assert same
-    assert empty["skipped"] == "no update: masks leave no target"
-    assert math.isnan(empty["lm_loss"])
-    assert empty["skipped_steps"] == 0, "no bad step"
-    learned, same = by_targets[0]
-    assert not same
-    assert learned["skipped"] is None
-    assert math.isfinite(learned["weighted_loss"])
-
-
-def two_steps(config: Any) -> tuple[list[dict[str, Any]], list[bool]]:
-    """On a rank: the metrics of two steps, and whether each left the weights as they were."""
-    inputs, steps, unchanged = open_inputs(config), [], []
-    with layout_of(Axes()) as layout:
-        run = Run.start(config, inputs, layout, prepare_device())
-        for iteration in range(2):
-            before = [parameter.detach().clone() for parameter in run.step.model[0].parameters()]
-            steps.append(run.step(next(run.loader), iteration))
-            now = list(run.step.model[0].parameters())
-            unchanged.append(all(torch.equal(a, b) for a, b in zip(before, now, strict=True)))
-        release(run.step.model)
-        del run
-    return steps, unchanged
 
 
 def test_masks_reach_weights_losses_and_counts(ranks, tmp_path: Path) -> None:

@@ -48,9 +48,8 @@ class BadSteps:
             f"{mean:.4f} and a standard deviation of {deviation:.4f}"
         )
 
-    def count(self, why: str | None, loss: float, iteration: int) -> str | None:
+    def count(self, why: str | None, loss: float, iteration: int) -> None:
         """Take note of a step, the one after `iteration` others. why: it is bad, in words; None where it is good.
-        Returns what is to be said of a bad one.
 
         Raises:
             BadStepError: the run ends here.
@@ -58,7 +57,7 @@ class BadSteps:
         if why is None:
             self.in_a_row = 0
             self.losses.append(loss)
-            return None
+            return
         options = self.options
         what = f"step {iteration + 1}: {why}; no update was made"
         if options.on_bad_step == "stop":
@@ -67,7 +66,6 @@ class BadSteps:
             raise BadStepError(f"{what}, nor in the {self.in_a_row} steps before it (--max-bad-steps)")
         self.in_a_row += 1
         self.skipped += 1
-        return f"skipped, {self.in_a_row} in a row of at most {options.max_bad_steps}: {why}"
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint, so that a resumed run decides alike."""

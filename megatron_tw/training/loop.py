@@ -225,7 +225,8 @@ class Run:
                     if log is not None:
                         log.write(self._with_run_metrics(metrics))
                         if skipped is not None:
-                            log.say(f"step {self.iteration}: {skipped}")
+                            in_a_row, most = self.step.bad_steps.in_a_row, config.faults.max_bad_steps
+                            log.say(f"step {self.iteration}: skipped, {in_a_row} in a row of at most {most}: {skipped}")
                     reason = exits.reason(self.iteration)
                     interval = config.checkpoint.save_interval
                     due = interval is not None and self.iteration % interval == 0

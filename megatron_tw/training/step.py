@@ -83,7 +83,7 @@ class TrainingStep:
 
         Returns metrics on every rank: those of `StepReport.metrics`; grad_norm (before clipping), learning_rate,
         step_seconds, tokens, masked_targets (that do not count, padding included); model_flops and hardware_flops, of
-        all ranks; skipped_steps, of the whole run; skipped, what to say where this step made no update, else None.
+        all ranks; skipped_steps, of the whole run; skipped, why this step made no update, None where it did.
 
         Raises:
             BadStepError: it is bad, and ends the run; the weights are as they were. On every rank.
@@ -109,20 +109,16 @@ class TrainingStep:
         metrics = self.report.metrics(self._sum_over_run(reports), scored=scored)
         nonfinite, rows, targets = (metrics.pop(name) for name in ("nonfinite", "rows", "targets"))
         cost = {name: metrics.pop(name) for name in ("loss_rows", "labelled_rows", "attended")}
+        why = self._nonfinite() if nonfinite else self.bad_steps.too_high(metrics["lm_loss"])
+        why = on_any_rank(why, self.device.device)
         learning_rate, grad_norm = self.scheduler.get_lr(self.optimizer.param_groups[0]), math.nan
-        why = None
-        if targets:
-            why = self._nonfinite() if nonfinite else self.bad_steps.too_high(metrics["lm_loss"])
-            why = on_any_rank(why, self.device.device)
-        if why is None and targets:
+        if why is None:
             with self.clock.part("optimizer"):
                 _, grad_norm, _ = self.optimizer.step()
             why = None if math.isfinite(grad_norm) else f"gradients: a norm of {grad_norm}"
-        told: str | None = "no update: masks leave no target"
-        if targets:
-            told = self.bad_steps.count(why, metrics["lm_loss"], iteration)
+        self.bad_steps.count(why, metrics["lm_loss"], iteration)
         self.scheduler.step(increment=1)
-        if self.scorer is not None and told is None:
+        if self.scorer is not None and why is None:
             self.scorer.after_update()
         synchronize()
         return {
@@ -134,7 +130,7 @@ class TrainingStep:
             **self.flops.of_step(int(rows), scoring=self._scoring_work(int(rows), batches) if scored else None, **cost),
             "step_seconds": time.perf_counter() - started,
             "skipped_steps": self.bad_steps.skipped,
-            "skipped": told,
+            "skipped": why,
         }
 
     def _prepare(self, batches: Sequence[Batch], weighting: Scheme) -> list[StepBatch]:
