@@ -151,8 +151,12 @@ def copy(path: Path, target: str) -> None:
         shutil.copy(path, to)
 
 
+def link(place: Path, to: str) -> None:
+    place.symlink_to(to)
+
+
 WAYS: dict[str, Callable[..., None]] = {
-    way.__name__: way for way in (flip, cut, write, append, remove, edit, header, array, copy)
+    way.__name__: way for way in (flip, cut, write, append, remove, edit, header, array, copy, link)
 }
 
 

@@ -86,7 +86,7 @@ def state(folder: Path) -> dict[str, tuple[int, int, int] | None]:
         below = os.path.relpath(place, folder)
         found |= {os.path.normpath(f"{below}/{name}"): None for name in folders}
         for name in files:
-            stat = os.stat(f"{place}/{name}")
+            stat = os.lstat(f"{place}/{name}")
             found[os.path.normpath(f"{below}/{name}")] = stat.st_size, stat.st_mtime_ns, stat.st_ino
     return found
 

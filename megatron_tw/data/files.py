@@ -216,15 +216,35 @@ def parts_of(count: int) -> Iterator[range]:
     return (range(start, min(start + PART_ROWS, count)) for start in range(0, count, PART_ROWS))
 
 
+def check_place(output: Path, option: str = "--output") -> None:
+    """That a folder which is made beside `output` can be renamed to it: that replaces an empty folder, but neither a
+    link nor a mount point. Only looks.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if output.name in ("", ".."):
+        raise ValueError(f"{option} {output}: expected the name of a new folder, such as {output / 'out'}")
+    if output.is_symlink():
+        there = os.path.realpath(output)
+        raise ValueError(f"{option} {output}: expected a new or empty folder, found a link; give the folder: {there}")
+    if os.path.ismount(output):
+        raise ValueError(
+            f"{option} {output}: expected a new or empty folder, found a mount point; give a folder in it, such as "
+            f"{output / 'out'}"
+        )
+
+
 def check_new_folder(output: Path) -> None:
     """That `output` can become a new folder: it makes the folder above it.
 
     Raises:
-        ValueError: `output` is a file or a folder that holds something.
+        ValueError: `output` is a file or a folder that holds something, or no place for a folder (`check_place`).
         OSError: the folder above cannot be made or written to.
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"--output {output} already exists and is not an empty folder")
+    check_place(output)
     with making(output):
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
     if not os.access(output.absolute().parent, os.W_OK):

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_tw.data.files import sync, write_synced
+from megatron_tw.data.files import check_place, sync, write_synced
 from megatron_tw.data.rows import TokenRows
 from megatron_tw.data.rows_format import digest_of_all
 from megatron_tw.data.scores import (
@@ -34,6 +34,20 @@ from megatron_tw.data.scores import (
 
 MAX_PARTS = 4096
 DIGEST_BYTES = 8
+
+
+def check_output(output: str | Path) -> None:
+    """That the folder of the scores can be had, or is there with its header. Only looks.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    output = Path(output)
+    if (output / HEADER_FILE).is_file():
+        return
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(f"--output {output} already exists and is neither empty nor a folder of scores")
+    check_place(output)
 
 
 def rows_per_part(num_rows: int, multiple: int) -> int:
@@ -71,9 +85,8 @@ class ScoreParts:
         Raises:
             ValueError: the output, or what an earlier run left of it, was made otherwise; tells every difference.
         """
-        if self.output.exists() and not (self.output.is_dir() and not any(self.output.iterdir())):
-            if not (self.output / HEADER_FILE).is_file():
-                raise ValueError(f"--output {self.output} already exists and is neither empty nor a folder of scores")
+        check_output(self.output)
+        if (self.output / HEADER_FILE).is_file():
             self._require_same(ScoreRows(self.output).header, f"--output {self.output} holds scores of another run")
             return True
         if (self.folder / "plan.json").is_file():

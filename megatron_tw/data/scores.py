@@ -231,7 +231,7 @@ def nll_digest(nll_T: npt.NDArray[np.float32]) -> int:
 
 def partial_folder(output: Path) -> Path:
     """Where scores lie while they are being made."""
-    return output.absolute().with_name(output.absolute().name + ".partial")
+    return output.absolute().parent / f"{output.absolute().name}.partial"
 
 
 def _unscored_row(scores: ScoreRows, rows: TokenRows) -> str | None:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_tw.config import ActivationConfig, ComputeConfig, KernelConfig, ParallelConfig
+from megatron_tw.data.files import check_place
 from megatron_tw.model.architecture import Architecture, export_hf_config, megatron_vocab_size, transformer_config
 from megatron_tw.model.attention import ContextParallelAttention
 from megatron_tw.model.families.table import TensorParallel, export_parameter, import_parameter, tensor_names
@@ -281,9 +282,10 @@ def _write_folder(
 
 
 def check_export_target(target: Path, option: str = "--save-hf") -> None:
-    """Refuse to export over something."""
+    """Refuse to export over something, or to where no folder can be put (`check_place`)."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{option} {target}: expected a new or empty folder, found one that holds files")
+    check_place(target, option)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

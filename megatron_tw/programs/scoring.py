@@ -17,7 +17,7 @@ from megatron_tw.config.scoring import ScoringConfig, check_scoring
 from megatron_tw.data.loader import read_batch
 from megatron_tw.data.progress import Progress
 from megatron_tw.data.rows import TokenRows
-from megatron_tw.data.score_parts import ScoreParts, rows_per_part
+from megatron_tw.data.score_parts import ScoreParts, check_output, rows_per_part
 from megatron_tw.data.scores import ScoresHeader
 from megatron_tw.data.vocabulary import check_scorer_vocabulary
 from megatron_tw.model.gpt import TokenWeightedGPT
@@ -44,6 +44,7 @@ def score_tokens(config: ScoringConfig) -> Path:
     device = join_world(config.parallel)
     check_scoring(config, dist.get_world_size())
     options, folder = config.scoring, config.scorer_folder
+    check_output(options.output)
     with named("--data-path"):
         rows = TokenRows(options.data_path)
     if rows.header.packing is not None:
