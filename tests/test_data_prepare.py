@@ -1,9 +1,11 @@
 """tools/preprocess_data.py and its parts: every format and any number of workers give the same rows; every error."""
 
 import doctest
+import gzip
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -218,6 +220,12 @@ def corrupt_parquet(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-20])
 
 
+def text_of_bytes(values: list[bytes]) -> pyarrow.Array:
+    """A column that says it is text, whatever the bytes are."""
+    column = pyarrow.array(values, pyarrow.binary())
+    return pyarrow.Array.from_buffers(pyarrow.string(), len(values), column.buffers())
+
+
 TEXT_ERRORS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "empty file": ("a.txt", lambda file: file.write_text(""), r"a\.txt: the file is empty"),
     "blank lines only": ("a.jsonl", lambda file: file.write_text("\n \n"), r"a\.jsonl: the file holds no documents"),
@@ -231,6 +239,36 @@ TEXT_ERRORS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "a.jsonl",
         lambda file: file.write_text('{"text": "a"}\n{"text"'),
         r"a\.jsonl:2: malformed JSON: .* \(column",
+    ),
+    "integer too long": (
+        "a.jsonl",
+        lambda file: file.write_text('{"text": "a"}\n{"text": ' + "9" * 5000 + "}"),
+        r"a\.jsonl:2: the JSON holds an integer of thousands of digits$",
+    ),
+    "nested": (
+        "a.jsonl",
+        lambda file: file.write_text('{"text": "a"}\n' + "[" * 200_000),
+        r"a\.jsonl:2: the JSON is nested too deeply$",
+    ),
+    "mask of text": (
+        "a.jsonl",
+        lambda file: file.write_text('{"text": "a"}\n{"text": "b", "loss_mask": [1]}'),
+        r"a\.jsonl:2: \"loss_mask\" has a number for each of ready ids \(--tokenizer none\), got one beside text",
+    ),
+    "mask of a table's text": (
+        "a.parquet",
+        lambda file: pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "loss_mask": [[1]]}), file),
+        r"a\.parquet: \"loss_mask\" has a number for each of ready ids",
+    ),
+    "nothing but a byte-order mark": (
+        "a.txt",
+        lambda file: file.write_bytes(b"\xef\xbb\xbf"),
+        r"a\.txt: the file is empty",
+    ),
+    "nothing compressed": (
+        "a.txt.gz",
+        lambda file: file.write_bytes(gzip.compress(b"")),
+        r"a\.txt\.gz: the file is empty",
     ),
     "no object": ("a.jsonl", lambda file: file.write_text("[1]\n"), r"a\.jsonl:1: expected a JSON object, got list"),
     "no key": (
@@ -249,6 +287,18 @@ TEXT_ERRORS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "a.parquet",
         lambda file: pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), file),
         r"a\.parquet: no column \"text\" among \['body'\]",
+    ),
+    "not UTF-8 column": (
+        "a.parquet",
+        lambda file: pyarrow.parquet.write_table(pyarrow.table({"text": text_of_bytes([b"good", b"b\xffad"])}), file),
+        r"a\.parquet: row 2: \"text\" is not UTF-8 text \(byte 0xff\)",
+    ),
+    "two columns": (
+        "a.parquet",
+        lambda file: pyarrow.parquet.write_table(
+            pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"]), file
+        ),
+        r"a\.parquet: expected one column \"text\", got 2",
     ),
     "no rows": (
         "a.parquet",
@@ -338,6 +388,55 @@ def test_output_must_be_new_or_empty(tmp_path: Path) -> None:
     assert files_of(out) == before
     with pytest.raises(ValueError, match=r"--output .*a\.jsonl already exists"):
         prepare_rows([source], source, seq_length=2, tokenizer=None)
+
+
+def test_an_output_whose_place_cannot_be_taken_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [{"input_ids": [1, 2]}])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    (tmp_path / "dangling").symlink_to("gone")
+    monkeypatch.chdir(tmp_path / "empty")
+    monkeypatch.setattr(prepare, "read_documents", None)
+    ismount = os.path.ismount
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path / "empty") or ismount(path))
+    for output, message in (
+        (tmp_path / "link", f"found a link; give the folder: {tmp_path}/empty"),
+        (tmp_path / "dangling", f"found a link; give the folder: {tmp_path}/gone"),
+        (tmp_path / "empty", f"found a mount point; give a folder in it, such as {tmp_path}/empty/out"),
+        (Path("."), "--output .: expected the name of a new folder, such as out"),
+        (Path("/"), "--output / already exists and is not an empty folder"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)) as caught:
+            prepare_rows([source], output, seq_length=2, tokenizer=None)
+        assert str(caught.value).startswith(f"--output {output}")
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "dangling", "empty", "link"]
+    assert os.listdir(tmp_path / "empty") == []
+
+
+def test_a_directory_does_not_stand_for_what_is_prepared_in_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows with the tokenizer's vocab.txt, a tokenizer, a run, what is left of a preprocessing."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "a.txt").write_text("one two three " * 40)
+    tokenizer = train_hugging_face(corpus / "tokenizer")
+    (tokenizer / "merges.txt").write_text("a b\n")
+    options: dict[str, Any] = {"seq_length": 8, "tokenizer": tokenizer, "progress": True}
+    first = prepare_rows([corpus], corpus / "rows", **options)
+    assert "--input: 1 folders are rows, tokenizers, models or runs, and skipped" in capsys.readouterr().out
+    for name in ("run/latest_checkpointed_iteration.txt", "cut.partial/rows/b.txt"):
+        (corpus / name).parent.mkdir(parents=True)
+        (corpus / name).write_text("30\n")
+    assert (corpus / "rows" / "tokenizer" / "merges.txt").is_file()
+    assert prepare_rows([corpus], corpus / "again", **options) == first
+    assert "--input: 4 folders are rows, tokenizers, models or runs, and skipped" in capsys.readouterr().out
+    assert first.counts.documents == 1
+    message = rf"--input {corpus}/rows: .* outside {corpus}/rows, which is rows, a tokenizer, a model or a run; name"
+    with pytest.raises(ValueError, match=message):
+        prepare_rows([corpus / "rows"], corpus / "third", **options)
 
 
 def test_tool(tmp_path: Path, spm_file: Path, tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,7 +74,7 @@ def begin(inputs: list[Path], output: Path, after: int, monkeypatch: pytest.Monk
 
 
 def test_documents_are_found_again_behind_any_of_them(inputs: list[Path]) -> None:
-    files, _ = expand_inputs(inputs)
+    files, *_ = expand_inputs(inputs)
     documents = list(read_documents(files, key="text", ready_ids=False))
     assert [document.content for document in documents] == TEXTS
     for number, document in enumerate(documents):
@@ -205,6 +205,38 @@ def test_the_input_may_move_but_not_change(spm_file: Path, tmp_path: Path, monke
     begin([source], tmp_path / "out", 30, monkeypatch, seq_length=32, tokenizer=spm_file)
     source = source.rename(tmp_path / "in.jsonl")
     assert prepare_rows([source], tmp_path / "out", seq_length=32, tokenizer=spm_file).counts.documents == len(TEXTS)
+
+
+def test_what_begins_in_its_own_input_goes_on(spm_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of what is begun is no input, whatever lies in it when the process is killed."""
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in TEXTS])
+    begin([tmp_path], tmp_path / "out", 30, monkeypatch, seq_length=32, tokenizer=spm_file)
+    (tmp_path / "out.partial" / "rows" / "tokenizer").mkdir()
+    (tmp_path / "out.partial" / "rows" / "tokenizer" / "vocab.txt").write_text("a\n")
+    header = prepare_rows([tmp_path], tmp_path / "out", seq_length=32, tokenizer=spm_file)
+    assert header.counts.documents == len(TEXTS)
+    assert source.is_file()
+
+
+@pytest.mark.parametrize("how", ["written again", "removed"])
+def test_input_that_changes_while_it_is_read_is_refused(how: str, tmp_path: Path) -> None:
+    one, two = (write_jsonl(tmp_path / f"{name}.jsonl", [{"input_ids": [1, 2]}] * 5) for name in ("one", "two"))
+    read_documents = prepare.read_documents
+
+    def reading(*arguments: Any, **options: Any) -> Iterator[Document]:
+        yield from read_documents(*arguments, **options)
+        if how == "removed":
+            two.unlink()
+        else:
+            write_jsonl(two, [{"input_ids": [3, 4]}] * 5)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "read_documents", reading)
+        with pytest.raises(
+            ValueError, match=rf"^--input: {two}: changed while it was read; run the same command again"
+        ):
+            prepare_rows([one, two], tmp_path / "out", seq_length=2, tokenizer=None)
+    assert not set(os.listdir(tmp_path)) - {"one.jsonl", "two.jsonl"}
 
 
 def test_wrong_input_leaves_nothing(spm_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

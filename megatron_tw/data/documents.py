@@ -36,6 +36,13 @@ JSON_SUFFIXES = (".jsonl", ".json")
 PARQUET_SUFFIX = ".parquet"
 ARROW_SUFFIX = ".arrow"
 DIRECTORY_SUFFIXES = (".txt", ".jsonl", PARQUET_SUFFIX)
+NO_DOCUMENTS = frozenset(
+    {"dataset.json", "tokenizer.json", "tokenizer_config.json", "latest_checkpointed_iteration.txt"}
+)
+"""A folder that holds one of these is prepared rows, a tokenizer or a model, or a run: its .txt files (merges.txt,
+vocab.txt) are no documents."""
+PARTIAL_SUFFIX = ".partial"
+"""Of a folder that is not complete."""
 MASK_KEY = "loss_mask"
 """JSON key or parquet column beside ready ids: 1 where the token at the same place is to be learned, else 0."""
 TABLE_BATCH_ROWS = 256
@@ -60,32 +67,38 @@ class Document:
     """Of ready ids: which of them count as targets (`loss_mask`), as many; None: the data does not say."""
 
 
-def expand_inputs(inputs: Sequence[str | Path]) -> tuple[list[Path], int]:
+def expand_inputs(inputs: Sequence[str | Path]) -> tuple[list[Path], int, list[Path]]:
     """The files that `--input` names, in the order given; a glob's or directory's own files are sorted by path.
 
     Each file comes once, however often and through whatever links it is named. A directory stands for its .txt, .jsonl
-    and .parquet files, compressed or not, and Hugging Face datasets, at any depth; other text files need a glob
-    (`DIR/**/*.py`).
+    and .parquet files, compressed or not, and Hugging Face datasets, at any depth, but for folders of this project's
+    own, tokenizers and models (NO_DOCUMENTS); other text files need a glob (`DIR/**/*.py`).
 
     Returns:
-        the files, and how many more were named that are one of them.
+        the files, how many more were named that are one of them, and the folders that were skipped.
 
     Raises:
         ValueError: something names no file, or an empty one.
     """
     files: dict[Path, Path] = {}
     named = 0
+    skipped: dict[Path, Path] = {}
     for item in map(str, inputs):
         path = Path(item)
         if path.is_file():
             found = [path]
         elif path.is_dir():
-            found = sorted(file for file in _files_below(path) if kind_of(file) in (*DIRECTORY_SUFFIXES, ARROW_SUFFIX))
+            left: list[Path] = []
+            below = _files_below(path, left)
+            found = sorted(file for file in below if kind_of(file) in (*DIRECTORY_SUFFIXES, ARROW_SUFFIX))
             if not found:
+                but = f" outside {left[0]}, which is rows, a tokenizer, a model or a run" if left else ""
+                kinds = ", ".join(DIRECTORY_SUFFIXES)
                 raise ValueError(
-                    f"--input {item}: the directory holds no {', '.join(DIRECTORY_SUFFIXES)} files and no datasets; "
-                    f"name other text files by a glob, such as '{item.rstrip('/')}/**/*.py'"
+                    f"--input {item}: the directory holds no {kinds} files and no datasets{but}; name other text "
+                    f"files by a glob, such as '{item.rstrip('/')}/**/*.py'"
                 )
+            skipped |= {folder.resolve(): folder for folder in left}
         else:
             matches = sorted(map(Path, glob.glob(item, recursive=True)))
             found = [file for match in matches for file in _files_of_match(match)]
@@ -103,7 +116,7 @@ def expand_inputs(inputs: Sequence[str | Path]) -> tuple[list[Path], int]:
             raise ValueError(f"{file}: a compressed {kind_of(file)} file cannot be read; decompress it")
         if file.suffix in (".zst", PARQUET_SUFFIX, ARROW_SUFFIX):
             import_pyarrow(file)
-    return list(files.values()), named - len(files)
+    return list(files.values()), named - len(files), list(skipped.values())
 
 
 def _files_of_match(path: Path) -> list[Path]:
@@ -113,9 +126,10 @@ def _files_of_match(path: Path) -> list[Path]:
     return [path] if path.is_file() else []
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
+def _files_below(folder: Path, skipped: list[Path]) -> Iterator[Path]:
     """All files in a folder and the folders below, links to folders included; each folder once, so that loops end. Of
-    a dataset those of its data alone."""
+    a dataset those of its data alone. Folders without documents are left out, and added to `skipped`: that of a
+    preprocessing which goes on too, so that its input is what it was at the start."""
     seen = set()
     for name, folders, files in os.walk(folder, followlinks=True):
         place = os.path.realpath(name)
@@ -123,6 +137,10 @@ def _files_below(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(place)
+        if not NO_DOCUMENTS.isdisjoint(files) or (Path(name) != folder and name.endswith(PARTIAL_SUFFIX)):
+            folders.clear()
+            skipped.append(Path(name))
+            continue
         if is_dataset(Path(name)):
             folders.clear()
             yield from dataset_files(Path(name))
@@ -182,7 +200,10 @@ def read_documents(
                 f"{file}: --tokenizer none reads ready ids from .jsonl or .parquet; a text file needs a tokenizer"
             )
         elif skip == 0:
-            yield Document(_decode(read_content(file), file), str(file), file.stat().st_size, (number, 1))
+            text = _decode(read_content(file), file)
+            if not text:  # compressed, or a byte-order mark alone
+                raise ValueError(f"{file}: the file is empty")
+            yield Document(text, str(file), file.stat().st_size, (number, 1))
 
 
 def _read_json_lines(file: Path, number: int, skip: int, key: str, ready_ids: bool) -> Iterator[Document]:
@@ -194,19 +215,37 @@ def _read_json_lines(file: Path, number: int, skip: int, key: str, ready_ids: bo
         if count <= skip:
             continue
         location = f"{file}:{line_number}"
-        try:
-            record = json.loads(_decode(line, file, first_line=line_number))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{location}: malformed JSON: {error.msg} (column {error.colno})") from error
+        record = _json(_decode(line, file, first_line=line_number), location)
         if not isinstance(record, dict):
             raise ValueError(f"{location}: expected a JSON object, got {type(record).__name__}")
         if key not in record:
             raise ValueError(f'{location}: no key "{key}" among {list(record)} (see --text-key)')
+        if MASK_KEY in record:
+            _check_mask_wanted(ready_ids, location)
         content = _content(record[key], key, ready_ids, location)
         targets = _targets(record[MASK_KEY], content, location) if ready_ids and MASK_KEY in record else None
         yield Document(content, location, file_bytes, (number, count), targets)
     if count == 0:
         raise ValueError(f"{file}: the file holds no documents, only blank lines")
+
+
+def _json(text: str, location: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{location}: malformed JSON: {error.msg} (column {error.colno})") from error
+    except ValueError as error:  # sys.get_int_max_str_digits
+        raise ValueError(f"{location}: the JSON holds an integer of thousands of digits") from error
+    except RecursionError as error:
+        raise ValueError(f"{location}: the JSON is nested too deeply") from error
+
+
+def _check_mask_wanted(ready_ids: bool, location: str) -> None:
+    if not ready_ids:
+        raise ValueError(
+            f'{location}: "{MASK_KEY}" has a number for each of ready ids (--tokenizer none), got one beside text; '
+            "give the ids, or remove it"
+        )
 
 
 def _read_table(file: Path, number: int, skip: int, key: str, ready_ids: bool) -> Iterator[Document]:
@@ -217,7 +256,12 @@ def _read_table(file: Path, number: int, skip: int, key: str, ready_ids: bool) -
         with (_open_parquet if file.suffix == PARQUET_SUFFIX else _open_arrow)(file) as (names, batches):
             if key not in names:
                 raise ValueError(f'{file}: no column "{key}" among {names} (see --text-key)')
-            masked = ready_ids and MASK_KEY in names
+            masked = MASK_KEY in names
+            if masked:
+                _check_mask_wanted(ready_ids, str(file))
+            for name in (key, MASK_KEY):
+                if names.count(name) > 1:
+                    raise ValueError(f'{file}: expected one column "{name}", got {names.count(name)}')
             for batch, batch_bytes in batches([key, MASK_KEY] if masked else [key]):
                 masks = batch.column(MASK_KEY) if masked else [None] * len(batch)
                 for value, mask in zip(batch.column(key), masks, strict=True):
@@ -225,7 +269,7 @@ def _read_table(file: Path, number: int, skip: int, key: str, ready_ids: bool) -
                     if row_number <= skip:
                         continue
                     location = f"{file}: row {row_number}"
-                    content = _content(value.as_py(), key, ready_ids, location)
+                    content = _content(_cell(value, key, location), key, ready_ids, location)
                     targets = _targets(mask.as_py(), content, location) if masked else None
                     yield Document(content, location, batch_bytes // len(batch), (number, row_number), targets)
     except (pyarrow.ArrowException, OSError) as error:
@@ -233,6 +277,15 @@ def _read_table(file: Path, number: int, skip: int, key: str, ready_ids: bool) -
         raise ValueError(f"{file}: not a readable {kind} file{place}: {' '.join(str(error).split())}") from error
     if row_number == 0:
         raise ValueError(f"{file}: the table has no rows")
+
+
+def _cell(value: Any, key: str, location: str) -> Any:
+    """A value of a table as Python's own. Arrow does not look whether text is UTF-8."""
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(f'{location}: "{key}" is not UTF-8 text (byte 0x{byte:02x})') from error
 
 
 Batches = Callable[[list[str]], Iterator[tuple[Any, int]]]

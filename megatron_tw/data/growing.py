@@ -154,7 +154,7 @@ def growing_folder(output: Path, plan: Plan) -> Iterator[GrowingFolder]:
     Raises:
         ValueError: `output` holds something, another command was begun there, or another process is at it.
     """
-    partial = output.absolute().with_name(output.absolute().name + ".partial")
+    partial = output.absolute().parent / f"{output.absolute().name}.partial"
     if (output / HEADER_FILE).is_file() and partial.is_dir() and not (partial / ROWS).exists():
         shutil.rmtree(partial)  # of a run that was killed when all was done
     check_new_folder(output)
@@ -174,13 +174,33 @@ def growing_folder(output: Path, plan: Plan) -> Iterator[GrowingFolder]:
         shutil.rmtree(partial)
 
 
-def inputs_digest(files: Sequence[Path]) -> str:
-    """sha256 (hex) of the names, sizes and times of change of files, in their order."""
+def input_states(files: Sequence[Path]) -> list[str]:
+    """Name, size and time of change of each file. Reads none of them."""
+    return [f"{file.name}\0{(found := file.stat()).st_size}\0{found.st_mtime_ns}\n" for file in files]
+
+
+def inputs_digest(states: Sequence[str]) -> str:
+    """sha256 (hex) of files' `input_states`, in their order."""
     digest = hashlib.sha256()
-    for file in files:
-        found = file.stat()
-        digest.update(f"{file.name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    for state in states:
+        digest.update(state.encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def check_unchanged(files: Sequence[Path], states: Sequence[str]) -> None:
+    """That files which have been read are as they were before.
+
+    Raises:
+        ValueError: one was changed or removed meanwhile: what was read of it may be of neither.
+    """
+    changed = [str(file) for file, state in zip(files, states, strict=True) if not file.is_file()
+               or input_states([file]) != [state]]  # fmt: skip
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise ValueError(
+            f"--input: {', '.join(changed[:3])}{more}: changed while it was read; run the same command again when "
+            "nothing writes there"
+        )
 
 
 def _check_plan(partial: Path, plan: Plan) -> None:

@@ -130,7 +130,7 @@ def dataset_files(folder: Path) -> list[Path]:
         state = json.loads(state_file.read_text(encoding="utf-8"))
         files = [folder / entry["filename"] for entry in state["_data_files"]]
         selected = bool(state.get("_indices_data_files"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{state_file}: not the state of a Hugging Face dataset, or damaged: {error!r}") from error
     if selected:
         raise ValueError(f"{folder}: a selection that an old version of datasets saved; save it again with a newer one")

@@ -29,7 +29,15 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_tw.data.documents import MASK_KEY, Document, check_memory, expand_inputs, read_documents
-from megatron_tw.data.growing import GrowingFolder, Plan, Written, growing_folder, inputs_digest
+from megatron_tw.data.growing import (
+    GrowingFolder,
+    Plan,
+    Written,
+    check_unchanged,
+    growing_folder,
+    input_states,
+    inputs_digest,
+)
 from megatron_tw.data.packing import PackedRow, Packer, Piece
 from megatron_tw.data.progress import Progress
 from megatron_tw.data.rows_format import TOKENIZER_DIR, RowCounts, RowsHeader, TokenizerInfo, file_digests
@@ -118,7 +126,10 @@ def prepare_rows(
     pack = pack_multiple is not None
     if pack_multiple is not None and (pack_multiple < 1 or seq_length % pack_multiple):
         raise ValueError(f"--pack-multiple {pack_multiple}: expected a divisor of --seq-length {seq_length}")
-    files, repeated = expand_inputs(inputs)
+    files, repeated, skipped = expand_inputs(inputs)
+    if skipped and progress:
+        what = f"{len(skipped)} folders are rows, tokenizers, models or runs, and skipped"
+        print(f"--input: {what}, such as {skipped[0]}")
     if repeated and progress:
         print(f"--input: {repeated} files were named more than once; each of the {len(files)} files is read once")
     loaded = None if tokenizer is None else load_tokenizer(tokenizer)
@@ -127,6 +138,7 @@ def prepare_rows(
         check_memory(files)
     ready_ids = loaded is None
     key = text_key or ("input_ids" if ready_ids else "text")
+    states = input_states(files)
     plan = Plan(
         seq_length=seq_length,
         vocab_size=vocab_size,
@@ -135,7 +147,7 @@ def prepare_rows(
         tokenizer=loaded.fingerprint if loaded is not None else None,
         library=loaded.library if loaded is not None else None,
         files=len(files),
-        inputs=inputs_digest(files),
+        inputs=inputs_digest(states),
         pack_multiple=pack_multiple,
     )
 
@@ -163,6 +175,7 @@ def prepare_rows(
         tokens_per_row = seq_length if ready_ids else seq_length - 1
         with Progress("preparing rows", total_bytes, "B", show=progress, scale=True) as bar:
             done = _write(cut, writer, bar, tokens_per_row, packer, begun, growing)
+        check_unchanged(files, states)
         rows = writer.so_far.rows
         if rows == 0 and pack:
             raise ValueError(f"--input: expected a document with a target, got {done.documents} without any")

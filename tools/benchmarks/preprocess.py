@@ -65,7 +65,7 @@ def processor_name() -> str:
 
 def texts_of(inputs: Sequence[str], megabytes: float) -> list[str]:
     """Documents of `inputs`, repeated until they are so large, in parts of at most 100,000 characters."""
-    files, _ = expand_inputs(inputs)
+    files, *_ = expand_inputs(inputs)
     read = [document.content for document in read_documents(files, key="text", ready_ids=False)]
     parts = [text[at : at + 100_000] for text in read if isinstance(text, str) for at in range(0, len(text), 100_000)]
     texts: list[str] = []
