@@ -79,8 +79,9 @@ for stage in "${stages[@]}"; do
         done
         child=""
         [ "$status" = 0 ] || exit "$status"
+        nodes="${NNODES:-${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-1}}}"
         for _ in $(seq 12); do  # of several nodes, one may see late what another wrote
-            if [ "${NNODES:-${SLURM_NNODES:-1}}" = 1 ] || is_over "$run" "$export_to"; then break; fi
+            if [ "$nodes" = 1 ] || is_over "$run" "$export_to"; then break; fi
             sleep 5
         done
         if ! is_over "$run" "$export_to"; then

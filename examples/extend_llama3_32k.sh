@@ -4,7 +4,7 @@
 #
 #   torchrun --nproc-per-node 8 examples/extend_llama3_32k.sh --load-hf DIR --data-path DIR --save DIR
 #   bash examples/extend_llama3_32k.sh                        --load-hf DIR --data-path DIR --save DIR
-#   srun --kill-on-bad-exit=1 --ntasks-per-node 1 bash examples/extend_llama3_32k.sh ...   # a Slurm job of any number of nodes
+#   srun --kill-on-bad-exit=1 --ntasks-per-node 1 --cpu-bind=none bash examples/extend_llama3_32k.sh ...   # Slurm
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 bash examples/extend_llama3_32k.sh ...   # and so on each node by hand
 #
 # NPROC_PER_NODE is the number of ranks a node (default: its GPUs, else 1); launch.sh has the rest.

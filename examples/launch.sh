@@ -19,7 +19,8 @@ else
     gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 fi
 ranks="${NPROC_PER_NODE:-${GPUS_PER_NODE:-$((gpus > 0 ? gpus : 1))}}"
-nodes="${NNODES:-${SLURM_NNODES:-1}}" node="${NODE_RANK:-${SLURM_NODEID:-}}"
+nodes="${NNODES:-${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-1}}}"  # a step may have part of its job's nodes
+node="${NODE_RANK:-${SLURM_NODEID:-}}"
 
 [ "${SLURM_LOCALID:-0}" = 0 ] || fail "srun: expected --ntasks-per-node 1, this is task $SLURM_LOCALID of its node"
 if [ "$nodes" = 1 ]; then
@@ -28,8 +29,11 @@ else
     [ "${MAX_RESTARTS:-0}" = 0 ] || fail "MAX_RESTARTS: is for one node; on $nodes start the same commands again"
     [ -n "$node" ] || fail "NODE_RANK: expected the number of this node, of $nodes; under Slurm start with srun"
     address="${MASTER_ADDR:-}"
-    if [ -z "$address" ] && [ -n "${SLURM_JOB_NODELIST:-}" ]; then
-        names="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+    list="${SLURM_STEP_NODELIST:-${SLURM_JOB_NODELIST:-}}"
+    if [ -z "$address" ] && [ -n "$list" ]; then
+        wanted="MASTER_ADDR: expected the address of node 0, of $nodes, in the environment (export MASTER_ADDR=HOST)"
+        command -v scontrol > /dev/null || fail "$wanted: there is no scontrol here that tells it"
+        names="$(scontrol show hostnames "$list")" || fail "$wanted: scontrol does not tell the hosts of $list"
         address="${names%%[[:space:]]*}"
     fi
     [ -n "$address" ] || fail "MASTER_ADDR: expected the address of node 0, of $nodes"

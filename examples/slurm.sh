@@ -11,6 +11,8 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
+# All of a node's memory: an exclusive job too gets what it asks for alone.
+#SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --signal=TERM@600
 #SBATCH --dependency=singleton
@@ -18,4 +20,5 @@
 set -euo pipefail
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0   # where nodes do not find each other: the interface they share
 export LOG_DIR="${LOG_DIR:-$SLURM_JOB_NAME-$SLURM_JOB_ID.logs}"
-exec srun --kill-on-bad-exit=1 --ntasks-per-node=1 bash "$@"
+# One task a node starts all its ranks: by default Slurm may bind it, and so all of them, to the cores of one task.
+exec srun --kill-on-bad-exit=1 --ntasks-per-node=1 --cpu-bind=none bash "$@"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -253,6 +254,12 @@ TAIL = f"{ROOT / 'tools' / 'train.py'} --config {SCRIPT.with_suffix('.yaml')} --
             {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "n[3-4]", "SLURM_JOB_ID": "70042"},
             "--nproc-per-node 2 --nnodes 2 --node-rank 1 --master-addr n3 --master-port 29542",
         ),
+        (  # a step of a part of its job
+            {"SLURM_NNODES": "9", "SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "n[0-8]"}
+            | {"SLURM_STEP_NODELIST": "n[3-4]"},
+            "--nproc-per-node 2 --nnodes 2 --node-rank 1 --master-addr n3 --master-port 29500",
+        ),
+        ({"SLURM_NNODES": "9", "SLURM_STEP_NUM_NODES": "1", "SLURM_NODEID": "0"}, f"--nproc-per-node 2 {ALONE}"),
         ({"SLURM_NNODES": "1", "SLURM_NODEID": "0"}, f"--nproc-per-node 2 {ALONE}"),
         ({"LOG_DIR": "a b"}, f"--nproc-per-node 2 {ALONE} --log-dir a b/node_0 --tee 3"),
     ],
@@ -286,11 +293,28 @@ def test_what_is_missing_for_several_nodes_is_named(launch: Launch, variables: d
     assert message in result.stderr
 
 
+def test_without_an_answer_of_scontrol_the_address_is_asked_for(launch: Launch, tmp_path: Path) -> None:
+    slurms = {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "n[7-8]"}
+    asked = "error: MASTER_ADDR: expected the address of node 0, of 2, in the environment (export MASTER_ADDR=HOST): "
+    result = launch(**slurms)  # which the stand-in does not know
+    assert (result.returncode, result.stderr) == (2, f"{asked}scontrol does not tell the hosts of n[7-8]\n")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("bash", "dirname", "wc", "tr", "grep"):
+        (alone / name).symlink_to(str(shutil.which(name)))
+    put_stand_ins(alone, {"python": 'echo "$@"'})
+    clean = environment(**slurms, PATH=str(alone))
+    for address, status, told in ((None, 2, f"{asked}there is no scontrol here that tells it\n"), ("n7", 0, "")):
+        env = clean if address is None else clean | {"MASTER_ADDR": address}
+        result = subprocess.run(["bash", str(SCRIPT)], env=env, capture_output=True, text=True, check=False)
+        assert (result.returncode, result.stderr) == (status, told)
+
+
 def test_slurm_starts_one_task_a_node_with_logs(tmp_path: Path) -> None:
     """What examples/slurm.sh hands to srun, and what each node's task makes of it; srun, scontrol and python are
     stand-ins."""
     stand_ins = {
-        "srun": 'echo "srun $LOG_DIR:" "${@:1:2}"\nfor node in 0 1; do SLURM_NODEID=$node "${@:3}"; done',
+        "srun": 'echo "srun $LOG_DIR:" "${@:1:3}"\nfor node in 0 1; do SLURM_NODEID=$node "${@:4}"; done',
         "scontrol": SHOWS_HOSTNAMES,
         "python": 'echo "$@"',
     }
@@ -304,13 +328,12 @@ def test_slurm_starts_one_task_a_node_with_logs(tmp_path: Path) -> None:
     assert (started.returncode, started.stderr) == (0, "")
     logs = "extension-70042.logs"
     one, *tasks = started.stdout.splitlines()
-    assert one == f"srun {logs}: --kill-on-bad-exit=1 --ntasks-per-node=1"
+    assert one == f"srun {logs}: --kill-on-bad-exit=1 --ntasks-per-node=1 --cpu-bind=none"
     assert tasks == [
         f"{ROOT / 'tools' / 'launch.py'} --nproc-per-node 8 --nnodes 2 --node-rank {node} --master-addr n3 "
         f"--master-port 29542 --log-dir {logs}/node_{node} --tee 3 {TAIL}"
         for node in (0, 1)
     ]
     given = [line.split()[1] for line in slurm.read_text().splitlines() if line.startswith("#SBATCH")]
-    assert {"--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=8", "--signal=TERM@600", "--dependency=singleton"} <= (
-        set(given)
-    )
+    asked = {"--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=8", "--exclusive", "--mem=0"}
+    assert asked | {"--signal=TERM@600", "--dependency=singleton"} <= set(given)
