@@ -20,6 +20,7 @@ from megatron_tw.parallel import contact
 from megatron_tw.parallel.devices import prepare_device
 from megatron_tw.runtime.clock import PARTS, Clock
 from megatron_tw.runtime.metrics import MetricsLog
+from megatron_tw.runtime.profiling import StepProfiler
 from megatron_tw.runtime.wandb_run import check_wandb
 from megatron_tw.training import loop
 from megatron_tw.training.inputs import open_inputs
@@ -96,6 +97,31 @@ def test_time_by_part_places_the_slowest_rank_and_traces(ranks, reference_data, 
     with gzip.open(trace, "rt") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
     assert any("scaled_dot_product" in str(name) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "told"),
+    [
+        (0, 8, "steps3-5_rank0.json.gz"),
+        (0, 4, "steps3-4_rank0.json.gz"),
+        (3, 8, "steps4-5_rank0.json.gz"),
+        (0, 1, "none of the steps 3 to 5 (--profile-step-start, --profile-step-end) was done before the run ended"),
+        (5, 8, "none of the steps 3 to 5 (--profile-step-start, --profile-step-end) was done before the run ended"),
+    ],
+    ids=["whole", "cut off", "begun late", "ended before", "begun after"],
+)
+def test_a_trace_is_of_the_steps_that_were_done_or_missed_aloud(first, last, told, tmp_path, capsys):
+    profiler = StepProfiler(
+        LoggingConfig(profile=True, profile_step_start=2, profile_step_end=5), str(tmp_path), rank=0
+    )
+    for step in range(first, last):
+        profiler.before(step)
+        profiler.after(step + 1)
+    profiler.close(last)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert told in line
+    traces = [path.name for path in tmp_path.glob("profile/*")]
+    assert traces == ([told] if told.endswith(".gz") else [])
 
 
 def test_a_part_counts_once() -> None:

@@ -243,6 +243,7 @@ class Run:
                             log.say(f"stopped after step {self.iteration} of {last}: {reason}")
                         break
         finally:
+            profiler.close(self.iteration)
             if log is not None:
                 log.close()
         if config.checkpoint.save_hf is not None and self.iteration == last:
