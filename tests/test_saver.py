@@ -15,7 +15,7 @@ from tiny import Axes, layout_of, release
 
 from megatron_tw.config import CheckpointConfig, RunConfig, TrainConfig
 from megatron_tw.parallel.devices import prepare_device
-from megatron_tw.runtime import beside
+from megatron_tw.runtime import beside, checkpoint
 from megatron_tw.runtime.run_folder import TRACKER, complete_checkpoints
 from megatron_tw.training.inputs import open_inputs
 from megatron_tw.training.loop import Run
@@ -91,6 +91,18 @@ def test_before_a_save_there_must_be_room_for_it(world, ranks, tmp_path):
     assert f"--save {run}: iter_0000002 could not be written, 0 GiB were free: expected 0.00" in stderr
     assert "of free space, nothing was written; the newest checkpoint is" in stderr
     assert names(run) == ["iter_0000001"]
+
+
+@pytest.mark.parametrize(("newest", "expected"), [(100, 4000), (4000, 100)])
+def test_the_room_is_for_what_is_expected_and_for_as_much_as_the_newest(newest, expected, tmp_path, monkeypatch):
+    (tmp_path / "iter_0000001").mkdir()
+    (tmp_path / "iter_0000001" / "weights").write_bytes(bytes(newest))
+    monkeypatch.setattr(checkpoint, "complete_checkpoints", lambda save: [save / "iter_0000001"])
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=3999))
+    with pytest.raises(OSError, match="of free space, nothing was written"):
+        checkpoint._check_room(tmp_path, expected)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=4000))
+    checkpoint._check_room(tmp_path, expected)
 
 
 def fail_while_saving(config: RunConfig) -> tuple[list[int], bool]:

@@ -181,8 +181,8 @@ def begin_checkpoint(
     lock: rank 0's, of the folder; None on the others. optimizer: takes part after at least one step (there is no state
     before); None saves the weights alone. config: the resolved options, kept beside the checkpoint. tokenizer_dir: its
     tokenizer files are kept, for export. for_any_layout: whether another layout can read the optimizer's state.
-    expected_bytes: what it will take on disk, where there is none before it to tell. beside: what is large is written
-    by a process that each rank starts, from a copy in the host's memory: the weights may change when this returns.
+    expected_bytes: what it will take on disk, about; the newest one tells too. beside: what is large is written by a
+    process that each rank starts, from a copy in the host's memory: the weights may change when this returns.
 
     Raises:
         OSError, ValueError: as `save_checkpoint`.
@@ -253,11 +253,12 @@ def _write_shards(sharded: dict[str, Any], unfinished: UnfinishedCheckpoint, *, 
 
 
 def _check_room(save: Path, expected_bytes: int) -> None:
-    """That what is free is enough for a checkpoint as large as the newest one, or as expected where there is none."""
+    """That what is free is enough for a checkpoint as large as the newest one and as expected: the newest may hold less
+    than this one will, such as weights alone."""
     newest = complete_checkpoints(save)[-1:]
     sizes = [file.stat().st_size for directory in newest for file in directory.rglob("*") if file.is_file()]
     there = next(folder for folder in (save.absolute(), *save.absolute().parents) if folder.is_dir())
-    needed, free = sum(sizes) or expected_bytes, shutil.disk_usage(there).free
+    needed, free = max(sum(sizes), expected_bytes), shutil.disk_usage(there).free
     if free < needed:
         raise OSError(f"expected {needed / 2**30:.3g} GiB of free space, nothing was written")
 
