@@ -210,6 +210,15 @@ def test_the_published_texts() -> None:
     assert frequent.text.endswith("the three most frequently appeared words are:")
 
 
+def test_an_example_of_more_than_500_tokens_has_the_fewest_lines() -> None:
+    """With a token for each byte, the example of vt has the five lines that its chain needs."""
+    prompt = Examples("vt", 4096, Bytes(), Texts()).example(0)
+    example = prompt.text.split("\n\nMemorize")[0]
+    assert example.count("The grass is green.") == 5
+    assert len(example.encode()) > 500
+    assert 3500 < len(prompt.text.encode()) <= 4096
+
+
 def test_lengths_ask_for_the_same_needles(texts: Texts) -> None:
     for name in TASKS:
         if name not in ("fwe", "cwe"):  # whose words follow from the length
@@ -243,8 +252,8 @@ def test_what_is_too_short_is_refused(texts: Texts) -> None:
         Examples("vt", 512, Words(), texts)
     with pytest.raises(ValueError, match=r"^cwe in 512 tokens: no prompt is that short: expected at least \d"):
         Examples("cwe", 512, Words(), texts)
-    with pytest.raises(ValueError, match=r"^vt in 4,096 tokens: no prompt is that short: .* got 500"):
-        Examples("vt", 4096, Bytes(), texts)  # its example has 500 tokens, and five lines have more bytes
+    with pytest.raises(ValueError, match=r"^vt in 1,024 tokens: no prompt is that short: .* got \d"):
+        Examples("vt", 1024, Bytes(), texts)  # its example alone has more bytes than 500
     with pytest.raises(ValueError, match=r"^niah_single_1 in 64 tokens: no prompt"):
         Examples("niah_single_1", 64, Words(), texts)
     uneven = Questions(
@@ -309,6 +318,27 @@ def test_word_lists() -> None:
     assert len(word_pool(50_000)) > 100_000
     with pytest.raises(ValueError, match="different words: there are"):
         word_pool(10_000_000)
+
+
+def test_answers_without_a_text_are_none(tmp_path: Path) -> None:
+    """Nothing stands in every text, so it would always count as right."""
+    file = tmp_path / "texts.json"
+
+    def squad(*answers: list[str]) -> Questions:
+        asked = [{"question": "Who?", "answers": [{"text": text} for text in own]} for own in answers]
+        file.write_text(json.dumps({"data": [{"paragraphs": [{"context": "It was Ann.", "qas": asked}]}]}))
+        return read_squad(file)
+
+    def hotpotqa(*answers: str) -> Questions:
+        context = [["It", ["was Ann."]]]
+        file.write_text(json.dumps([{"question": "Who?", "answer": own, "context": context} for own in answers]))
+        return read_hotpotqa(file)
+
+    assert [question.answers for question in squad(["", "Ann"], [" "], ["Ann"]).questions] == [("Ann",), ("Ann",)]
+    assert [question.answers for question in hotpotqa("", "Ann").questions] == [("Ann",)]
+    for read in (lambda: squad([""]), lambda: hotpotqa(" ")):
+        with pytest.raises(ValueError, match="holds no question that has an answer"):
+            read()
 
 
 @pytest.mark.parametrize(

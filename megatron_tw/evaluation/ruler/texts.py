@@ -37,7 +37,8 @@ def read_essay(file: Path) -> tuple[str, ...]:
 
 
 def read_squad(file: Path) -> Questions:
-    """Questions that have an answer, in the order of the file; documents are the paragraphs.
+    """Questions that have an answer, in the order of the file; documents are the paragraphs. An answer without a text
+    is none: it stands in whatever is said.
 
     Raises:
         ValueError: no file of SQuAD's format.
@@ -52,7 +53,8 @@ def read_squad(file: Path) -> Questions:
         for paragraph in own:
             gold = place[paragraph["context"]]
             for asked in _field(paragraph, "qas", list, where):
-                answers = [_field(answer, "text", str, where) for answer in _field(asked, "answers", list, where)]
+                texts = [_field(answer, "text", str, where) for answer in _field(asked, "answers", list, where)]
+                answers = [text for text in texts if text.strip()]
                 if asked.get("is_impossible", False) or not answers:
                     continue
                 related = tuple(sorted({other for other in of_article if other != gold}))
@@ -64,7 +66,7 @@ def read_squad(file: Path) -> Questions:
 
 
 def read_hotpotqa(file: Path) -> Questions:
-    """All questions; documents are a title and its sentences, ten to a question.
+    """Questions that have an answer; documents are a title and its sentences, ten to a question.
 
     Raises:
         ValueError: no file of HotpotQA's format.
@@ -82,6 +84,7 @@ def read_hotpotqa(file: Path) -> Questions:
             gold=tuple(dict.fromkeys(place[document] for document in own)),
         )
         for item, own in zip(content, contexts, strict=True)
+        if _field(item, "answer", str, where).strip()
     ]
     return _some(documents, questions, where)
 

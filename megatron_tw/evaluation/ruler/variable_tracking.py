@@ -18,7 +18,8 @@ LEAST_UNITS = HOPS + 1
 
 
 def variable_tracking(material: Material) -> Build:
-    """The generator. The example's number of lines follows from the tokenizer: as many as make at most 500 tokens."""
+    """The generator. The example's number of lines follows from the tokenizer: as many as make at most 500 tokens, or
+    the fewest that hold its chain where those make more."""
 
     def example(draw: Draw, units: int) -> tuple[str, list[str], list[int]]:
         return _problem(draw, _variables(draw, EXAMPLE_LETTERS), units)
@@ -26,7 +27,8 @@ def variable_tracking(material: Material) -> Build:
     def tokens_of(units: int) -> int:
         return material.count(example(Draw(material.seed, "vt", "example"), units)[0])
 
-    lines = fit(tokens_of, EXAMPLE_TOKENS, least=LEAST_UNITS, start=None, slack=0).units
+    most = max(EXAMPLE_TOKENS, tokens_of(LEAST_UNITS))
+    lines = fit(tokens_of, most, least=LEAST_UNITS, start=None, slack=0).units
 
     def build(draw: Draw, index: int, units: int) -> Prompt:
         variables = _variables(draw, LETTERS)
