@@ -1,8 +1,10 @@
 """Sections made from results.json and ruler_samples.jsonl."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 
+from megatron_tw.config.options import flag
 from megatron_tw.evaluation.report import figures
 from megatron_tw.evaluation.report.benchmarks import (
     RULER,
@@ -19,6 +21,9 @@ from megatron_tw.evaluation.report.section import Section
 from megatron_tw.evaluation.report.verdict import NAMES
 from megatron_tw.evaluation.results import Record
 from megatron_tw.evaluation.table import Table
+
+LONG_PPL_SETTINGS = ("longppl_evaluator", "longppl_context", "longppl_stride", "data_path", "eval_rows")
+"""Options on which it depends what LongPPL is of; other lengths are lines of their own."""
 
 
 def ruler_section(shown: Shown) -> Section | None:
@@ -161,8 +166,32 @@ def benchmark_section(shown: Shown) -> Section | None:
             for folded, of_kind in rows.items()
             if of_kind
         ],
-        notes=sorted(missing),
+        notes=[*sorted(missing), *_long_ppl_notes(shown)],
     )
+
+
+def _long_ppl_notes(shown: Shown) -> list[str]:
+    """Why the models' LongPPL does not compare: other settings, or key tokens that each chose for itself."""
+    of_models = {
+        name: results
+        for name, results in shown.evaluations.benchmarks.items()
+        if any(record.suite == "longppl" and record.value is not None for record in results.records)
+    }
+    if len(of_models) < 2:
+        return []
+    differ = []
+    for option in LONG_PPL_SETTINGS:
+        values = {name: results.settings.get(option) for name, results in of_models.items()}
+        if option == "data_path" and all(name in shown.evaluations.results for name in of_models):
+            continue  # compared by their content, and found the same
+        if len({json.dumps(value) for value in values.values()}) > 1:
+            said = ", ".join(f"{'none' if value is None else value} ({name})" for name, value in values.items())
+            differ.append(f"{flag(option)} {said}")
+    if differ:
+        return [f"LongPPL was not measured alike, so its figures do not compare: {'; '.join(differ)}."]
+    if all(results.settings.get("longppl_evaluator", ...) is None for results in of_models.values()):
+        return ["LongPPL is over the key tokens that each model chose for itself, so its figures hardly compare."]
+    return []
 
 
 def _benchmark_cells(of_models: Mapping[str, Record], models: Sequence[str]) -> list[str]:

@@ -58,10 +58,14 @@ def read_samples(file: Path) -> list[Sample]:
     """The lines of ruler_samples.jsonl.
 
     Raises:
-        ValueError: a line that is no sample.
+        ValueError: a line that is no sample, or no text; names the file.
     """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected UTF-8 text, got byte 0x{error.object[error.start]:02x}") from error
     samples = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         try:
             content = json.loads(line)
             sample = Sample(
@@ -72,7 +76,7 @@ def read_samples(file: Path) -> list[Sample]:
                 scores=tuple(float(score) for score in content["scores"]),
                 metric=str(content.get("metric", "")),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{file}, line {number}: expected a sample with task, length, index, scores") from error
         if not sample.scores or not all(0 <= one <= 1 for one in (*sample.scores, *sample.depths)):
             raise ValueError(f"{file}, line {number}: expected scores and depths of 0 to 1, got {line[:80]}")
@@ -100,8 +104,10 @@ class RulerTable:
     lengths: tuple[int, ...]
     cells: Mapping[tuple[str, str, int], Record]
     """By model, task, length; those that were run."""
+    common: Mapping[int, tuple[str, ...]]
+    """By length, the tasks that every model has there; without lengths that have none."""
     averages: Mapping[tuple[str, int], Score]
-    """By model and length, over the tasks that every model has at this length; none where that is none."""
+    """By model and length, over the common tasks."""
     not_run: Mapping[str, str]
     """Why a task has no value in some model."""
 
@@ -127,35 +133,55 @@ def _ruler_table(records: Records, metric: str) -> RulerTable:
     models = tuple(dict.fromkeys(model for model, _, _ in cells))
     tasks = tuple(dict.fromkeys([*(task for _, task, _ in cells), *not_run]))
     lengths = tuple(sorted({length for _, _, length in cells}))
-    averages = {}
-    for length in lengths:
-        common = [task for task in tasks if all((model, task, length) in cells for model in models)]
-        for model in models if common else ():
-            of_tasks = [cells[model, task, length] for task in common]
-            averages[model, length] = _mean(of_tasks)
+    everywhere = {
+        length: tuple(task for task in tasks if all((model, task, length) in cells for model in models))
+        for length in lengths
+    }
+    common = {length: of_length for length, of_length in everywhere.items() if of_length}
     return RulerTable(
-        metric=metric, models=models, tasks=tasks, lengths=lengths, cells=cells, averages=averages, not_run=not_run
+        metric=metric,
+        models=models,
+        tasks=tasks,
+        lengths=lengths,
+        cells=cells,
+        common=common,
+        averages={
+            (model, length): _mean([cells[model, task, length] for task in of_length])
+            for length, of_length in common.items()
+            for model in models
+        },
+        not_run=not_run,
     )
 
 
 def ruler_difference(
     samples: Mapping[str, Sequence[Sample]], table: RulerTable, model: str, reference: str
 ) -> Difference | None:
-    """Of the averages over all tasks and lengths, on the same examples, with its standard error over examples within
-    tasks; None where a model's examples are not there."""
+    """Of the two models' `average`, on the same examples: the mean over the common tasks of a length, then over the
+    lengths, with its standard error over examples within tasks; None where a model's examples are not there."""
     ours, theirs = (
         {(s.task, s.length, s.index): s.score for s in samples.get(name, ())} for name in (model, reference)
     )
     by_task: dict[tuple[str, int], list[float]] = defaultdict(list)
     for key in ours.keys() & theirs.keys():
         by_task[key[:2]].append(ours[key] - theirs[key])
-    if not by_task:
-        return None
-    parts = [ratio_difference(np.array(more), np.ones(len(more), np.int64)) for more in by_task.values()]
-    known = [part for part in parts if part is not None]
-    error = of_mean([part.standard_error for part in known])
+    of_lengths = []
+    for length, tasks in table.common.items():
+        of_tasks = [np.array(by_task[task, length]) for task in tasks]
+        parts = [ratio_difference(more, np.ones(len(more), np.int64)) for more in of_tasks]
+        known = [part for part in parts if part is not None]
+        if len(known) < len(tasks):
+            return None  # else it were of other tasks than the averages
+        of_lengths.append(_mean_difference(known))
+    return _mean_difference(of_lengths) if of_lengths else None
+
+
+def _mean_difference(parts: Sequence[Difference]) -> Difference:
+    """The plain mean of independent differences."""
     return Difference(
-        mean=sum(part.mean for part in known) / len(known), standard_error=error, rows=sum(part.rows for part in known)
+        mean=sum(part.mean for part in parts) / len(parts),
+        standard_error=of_mean([part.standard_error for part in parts]),
+        rows=sum(part.rows for part in parts),
     )
 
 
@@ -168,6 +194,7 @@ def average(table: RulerTable, model: str) -> Score | None:
         value=sum(score.value for score in scores) / len(scores),
         stderr=of_mean([score.stderr for score in scores]),
         tasks=min(score.tasks for score in scores),
+        samples=sum(score.samples for score in scores),
     )
 
 
@@ -230,7 +257,9 @@ def _mean(records: Sequence[Record]) -> Score:
 
 
 def _stderr(record: Record) -> float | None:
-    """As the record says, else that of a share of its samples."""
-    if record.stderr is not None or record.value is None or not record.samples or not 0 <= record.value <= 1:
+    """As the record says, else that of a share of its samples; None: one sample alone says nothing of its spread."""
+    if record.samples < 2:
+        return None
+    if record.stderr is not None or record.value is None or not 0 <= record.value <= 1:
         return record.stderr
     return math.sqrt(record.value * (1 - record.value) / record.samples)
