@@ -15,10 +15,12 @@ from test_evaluation import result
 
 from megatron_tw.data.tokenizer import load_tokenizer
 from megatron_tw.evaluation.compare import Difference
+from megatron_tw.evaluation.report.benchmark_sections import benchmark_section, ruler_section
 from megatron_tw.evaluation.report.benchmarks import (
     Sample,
     average,
     needle_map,
+    read_samples,
     ruler_difference,
     ruler_tables,
     suite_scores,
@@ -29,9 +31,9 @@ from megatron_tw.evaluation.report.intervals import wilson
 from megatron_tw.evaluation.report.page import FRAME
 from megatron_tw.evaluation.report.recall import Answers, compare_recall
 from megatron_tw.evaluation.report.text import Row, best_span, pieces_of
-from megatron_tw.evaluation.report.verdict import Finding, headline
+from megatron_tw.evaluation.report.verdict import Finding, headline, long_findings
 from megatron_tw.evaluation.report.weights import parse_weighting, share_above, weight_figures, weights_of
-from megatron_tw.evaluation.results import Record
+from megatron_tw.evaluation.results import Record, Results
 from tools import report
 
 TEXT = f"class Δx:\n\tdef run(self_, {WORD}):\r\n        return 'é😀' + \"€\"  # \ufffd done\n"
@@ -167,13 +169,66 @@ def test_ruler_averages_are_over_the_tasks_that_all_have() -> None:
     def samples(scores: list[float]) -> list[Sample]:
         return [Sample(task="vt", length=1024, index=i, depths=(), scores=(s,)) for i, s in enumerate(scores)]
 
+    cwe = [Sample(task="cwe", length=1024, index=i, depths=(), scores=(1.0,)) for i in range(4)]
     found = ruler_difference(
-        {"uniform": samples([0, 1, 0, 1]), "dense": samples([1, 1, 1, 1])}, table, "dense", "uniform"
+        {"uniform": [*samples([0, 1, 0, 1]), *cwe], "dense": samples([1, 1, 1, 1])}, table, "dense", "uniform"
     )
     assert found is not None
     assert (found.mean, found.rows) == (0.5, 4)
     assert found.standard_error == pytest.approx((4 / 3 * 4 * 0.25) ** 0.5 / 4)  # of the pairs 1, 0, 1, 0
     assert ruler_difference({"dense": samples([1])}, table, "dense", "uniform") is None
+
+
+def test_the_difference_is_that_of_the_averages() -> None:
+    """Three models, of which the first has one task, and one length has more tasks than the other."""
+    values = {  # by task and length: of base, uniform, dense
+        ("vt", 1024): (0.5, 0.5, 0.75), ("cwe", 1024): (0.25, 0.25, 0.5), ("vt", 4096): (0.0, 0.25, 0.25),
+        ("cwe", 4096): (None, 0.0, 1.0), ("fwe", 1024): (None, 0.0, 1.0), ("fwe", 512): (None, 0.0, 1.0),
+    }  # fmt: skip
+    records: dict[str, list[Record]] = {}
+    samples: dict[str, list[Sample]] = {}
+    for place, model in enumerate(("base", "uniform", "dense")):
+        for (task, length), of_models in values.items():
+            value = of_models[place]
+            if value is not None:
+                records.setdefault(model, []).append(record(task, value, length=length))
+                samples.setdefault(model, []).extend(
+                    Sample(task=task, length=length, index=i, depths=(), scores=(float(i < 4 * value),))
+                    for i in range(4)
+                )
+    (table,) = ruler_tables(records)
+    assert table.common == {1024: ("vt", "cwe"), 4096: ("vt",)}
+    uniform, dense = average(table, "uniform"), average(table, "dense")
+    assert uniform is not None
+    assert dense is not None
+    assert (uniform.value, dense.value, dense.samples) == ((0.375 + 0.25) / 2, (0.625 + 0.25) / 2, 75)
+    found = ruler_difference(samples, table, "dense", "uniform")
+    assert found is not None
+    assert found.mean == pytest.approx(dense.value - uniform.value) == pytest.approx(0.125)
+    assert found.rows == 12
+    # One example in four differs in each task at 1,024, none at 4,096: sqrt(4/3 * 3/4) / 4 each.
+    assert found.standard_error == pytest.approx(0.25 / 2**0.5 / 2)
+    samples["dense"] = [one for one in samples["dense"] if one.task != "cwe"]
+    assert ruler_difference(samples, table, "dense", "uniform") is None
+
+
+def test_one_sample_has_no_standard_error() -> None:
+    records = {
+        name: [replace(record(f"task_{i}", value), samples=1) for i in range(40)]
+        for name, value in (("uniform", 0.0), ("dense", 1.0))
+    }
+    (table,) = ruler_tables(records)
+    score = average(table, "dense")
+    assert score is not None
+    assert (score.value, score.stderr, score.samples) == (1.0, None, 40)
+    benchmarks = {
+        name: Results(model=name, layout="", tokenizer_fingerprint=None, settings={}, records=tuple(of_model))
+        for name, of_model in records.items()
+    }
+    shown = shown_with(benchmarks)
+    (found,) = long_findings(shown)
+    assert found.kind("dense") == "unclear"
+    assert ruler_section(shown) is not None
 
 
 def test_needles_are_counted_by_depth_and_length() -> None:
@@ -268,20 +323,53 @@ def finding(differences: dict[str, Difference], phrase: str, *, higher_is_better
     )  # fmt: skip
 
 
+def shown_with(benchmarks: dict[str, Results]) -> Shown:
+    """A report on these benchmarks alone."""
+    folders = {name: Path(name) for name in benchmarks}
+    evaluations = Evaluations(folders=folders, results={}, benchmarks=benchmarks, samples={})
+    return Shown(title="", evaluations=evaluations, reference="uniform", gain=2.0, max_long_nll=None)
+
+
+def test_long_ppl_that_does_not_compare_is_said() -> None:
+    def notes(**changes: object) -> str:
+        settings = {"longppl_evaluator": "judge", "longppl_context": 4096, "longppl_stride": 1024, "data_path": "rows"}
+        found = Record(suite="longppl", task="all", length=512, metric="longppl", value=9.0, samples=400)
+        section = benchmark_section(
+            shown_with(
+                {
+                    name: Results(
+                        model=name, layout="", tokenizer_fingerprint=None, settings=of_model, records=(found,)
+                    )
+                    for name, of_model in (("a", settings), ("b", settings | changes))
+                }
+            )
+        )
+        assert section is not None
+        return " ".join(section.notes)
+
+    assert notes() == ""
+    assert notes(longppl_evaluator=None, longppl_stride=512) == (
+        "LongPPL was not measured alike, so its figures do not compare: --longppl-evaluator judge (a), none (b); "
+        "--longppl-stride 1024 (a), 512 (b)."
+    )
+    assert "--data-path rows (a), other (b)." in notes(data_path="other")
+    assert "--longppl-context 4096 (a), 64 (b)." in notes(longppl_context=64)
+
+
 def test_what_came_out_is_said_with_its_uncertainty() -> None:
     def nats(mean: float, rows: int = 40) -> Difference:
         return Difference(mean=mean, standard_error=0.1, rows=rows)
 
     recall = finding({"a": nats(0.3), "b": nats(0.4), "c": nats(-0.3), "d": nats(0.1)}, "at x", higher_is_better=True)
     loss = finding({"a": nats(0.1), "b": nats(-0.1), "c": nats(-0.5), "d": nats(0.5)}, "on y")
-    shown = Shown(title="", evaluations=Evaluations(folders={}, results={}, benchmarks={}, samples={}),
-                  reference="uniform", gain=2.0, max_long_nll=None)  # fmt: skip
+    shown = shown_with({})
     assert headline(shown, [recall], [loss]) == [
         "a and b are better than uniform at x; on y there is no clear difference.",
         "c is worse than uniform at x, but is better on y.",
         "d cannot clearly be told from uniform at x, but is worse on y.",
     ]
     assert headline(shown, [recall], [])[0] == "a and b are better than uniform at x."
+    assert headline(replace(shown, base="b"), [recall], [])[0] == "a is better than uniform at x."
     said = [(verdict.kind, verdict.text) for verdict in recall.verdicts()]
     assert said[0] == ("better", "a +0.3000 ± 0.1000 nats.")
     assert said[2:] == [("worse", "c -0.3000 ± 0.1000 nats."), ("unclear", "d +0.1000 ± 0.1000 nats.")]
@@ -330,6 +418,34 @@ def test_what_was_not_evaluated_is_left_out(made: Path, tmp_path: Path, capsys: 
         assert shown == expected
         assert json.loads((tmp_path / f"report_{kind}" / "report.json").read_text())["models"][0]["name"] == "dense"
     assert "key tokens" not in capsys.readouterr().out
+
+
+def test_the_base_is_known_without_a_loss(made: Path, tmp_path: Path) -> None:
+    """The model that --base names is not among those of the headline."""
+    for name in MODELS:
+        (tmp_path / name).mkdir()
+        for file in ("results.json", "ruler_samples.jsonl"):
+            (tmp_path / name / file).write_bytes((made.parent / f"eval_{name}" / file).read_bytes())
+    options = ["--evaluations", *(f"{name}_model={tmp_path / name}" for name in MODELS), "--reference", "uniform_model"]
+    for more, expected in (([], True), (["--base", "base_model"], False)):
+        folder = tmp_path / f"report{len(more)}"
+        report.main([*options, *more, "--output", str(folder)])
+        said = [one["text"] for one in json.loads((folder / "report.json").read_text())["verdicts"] if not one["about"]]
+        assert any("base_model" in text for text in said) == expected, said
+
+
+def test_damaged_samples_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "ruler_samples.jsonl"
+    good = b'{"task": "vt", "length": 4, "index": 0, "scores": [1]}\n'
+    for line, match in (
+        (b"\xff\n", "expected UTF-8 text, got byte 0xff"),
+        (good.replace(b": 4", b": Infinity"), "line 2: expected a sample with task"),
+        (good.replace(b"[1]", b"[" * 100_000), "line 2: expected a sample with task"),
+        (good.replace(b"[1]", b"[1e999]"), "line 2: expected scores and depths of 0 to 1"),
+    ):
+        file.write_bytes(good + line)
+        with pytest.raises(ValueError, match=rf"ruler_samples\.jsonl(:|,) {match}"):
+            read_samples(file)
 
 
 def test_an_empty_key_set_is_said_on_the_page(made: Path, tmp_path: Path) -> None:

@@ -159,11 +159,12 @@ def read(options: argparse.Namespace) -> Shown:
     runs = by_name("--runs", options.runs)
     metrics = {name: read_metrics(folder) for name, folder in runs.items()}
     reference = choose_reference(evaluations, options.reference, options.base)
+    base = options.base or ("base" if "base" in evaluations.folders else None)
     comparison = compare_losses(
         evaluations,
         choose(options, results),
         reference=reference,
-        base=options.base or ("base" if "base" in evaluations.folders else None),
+        base=base,
         old_context=options.old_context,
     )
     weighed = weighed_model(options, results)
@@ -184,6 +185,7 @@ def read(options: argparse.Namespace) -> Shown:
         title=options.title,
         evaluations=evaluations,
         reference=reference,
+        base=base,
         comparison=comparison,
         recall=read_recall(options.answers, evaluations, comparison),
         schemes=schemes,

@@ -64,6 +64,8 @@ class Shown:
     title: str
     evaluations: Evaluations
     reference: str
+    base: str | None = None
+    """The model before the extension, if it is among them."""
     comparison: Comparison | None = None
     recall: RecallComparison | None = None
     schemes: "Mapping[str, Scheme]" = field(default_factory=dict)

@@ -104,10 +104,9 @@ def headline(shown: Shown, long: Sequence[Finding], cost: Sequence[Finding]) -> 
         return _alone(shown)
     first = long[0]
     price = next((finding for finding in cost if finding.reference == first.reference), None)
-    base = shown.comparison.base if shown.comparison is not None else "base"
     alike: dict[tuple[Kind, Kind | None], list[str]] = {}
     for model in first.differences:
-        if model != base or len(first.differences) == 1:
+        if model != shown.base or len(first.differences) == 1:
             paid = price.kind(model) if price is not None and model in price.differences else None
             alike.setdefault((first.kind(model), paid), []).append(model)
     found = []
@@ -198,8 +197,7 @@ def _of_ruler(shown: Shown, table: RulerTable) -> list[Finding]:
             paired = None
             if shown.evaluations.same_examples(model, reference):
                 paired = ruler_difference(shown.evaluations.samples, table, model, reference)
-            samples = sum(record.samples for (name, _, _), record in table.cells.items() if name == model)
-            differences[model] = paired or _unpaired(ours, theirs, samples)
+            differences[model] = paired or _unpaired(ours, theirs, ours.samples)
     if not differences:
         return []
     metric = table.metric.replace("_", " ")
