@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_tw.evaluation.harness.adapter import parallel_lm
 from megatron_tw.evaluation.harness.datasets import MissingDataError, data_from
-from megatron_tw.evaluation.harness.generation import hugging_face_lm
+from megatron_tw.evaluation.harness.generation import check_model_as_saved, hugging_face_lm
 from megatron_tw.evaluation.kept import Kept
 from megatron_tw.evaluation.results import Record
 from megatron_tw.evaluation.tasks import Found, Model, Run, Setting, WithoutModel, check_model_length, tokenizer_folder
@@ -88,6 +88,8 @@ def _prepare(setting: Setting, suite: Suite) -> Any:
             f"--tasks {suite.name} generates in one process, which uses the GPUs that it sees: start tools/evaluate.py "
             f"without torchrun, got {dist.get_world_size()} ranks"
         )
+    if suite.generates:
+        check_model_as_saved(setting.config.model, source, f"--tasks {suite.name}")
     check_model_length(setting, setting.longest_input)
     folder = tokenizer_folder(source, suite.name)
     tasks = load_tasks(suite, Path(options.eval_data))

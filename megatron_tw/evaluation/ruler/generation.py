@@ -15,9 +15,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_tw.config import ModelConfig
 from megatron_tw.config.ruler import RulerOptions
 from megatron_tw.data.tokenizer import Tokenizer
-from megatron_tw.evaluation.harness.generation import keeping
+from megatron_tw.evaluation.harness.generation import check_model_as_saved, hugging_face_lm, keeping
 from megatron_tw.evaluation.kept import Kept
 from megatron_tw.evaluation.ruler.scoring import STRING_MATCH, Sample, Scored, Work, found
 from megatron_tw.evaluation.ruler.tasks import Examples
@@ -39,7 +40,7 @@ def any_answer(doc, results):
 '''
 
 
-def check_generation(options: RulerOptions, source: ModelSource) -> None:
+def check_generation(options: RulerOptions, model: ModelConfig, source: ModelSource) -> None:
     """That what generation needs is there. Raises ValueError."""
     if source.checkpoint is not None or source.load_hf is None:
         raise ValueError(
@@ -54,6 +55,7 @@ def check_generation(options: RulerOptions, source: ModelSource) -> None:
     for module in ("lm_eval", *(["vllm"] if options.ruler_backend == "vllm" else [])):
         if importlib.util.find_spec(module) is None:
             raise ValueError(f"--ruler-scoring generation: {module} is not installed")
+    check_model_as_saved(model, source, "--ruler-scoring generation")
 
 
 def check_first_tokens(first_ids: tuple[int, ...], tokenizer: Tokenizer) -> None:
@@ -83,22 +85,22 @@ class Generation(WithoutModel):
         return found(self.work, scored, STRING_MATCH)
 
     def _load(self, kept: Kept) -> Any:
+        config, source = self.setting.config, self.setting.source
+        assert source.load_hf is not None
+        longest, add_bos_token = max(self.work.lengths), bool(self.work.first_ids)
+        if config.ruler.ruler_backend == "hf":
+            return hugging_face_lm(
+                Path(source.load_hf), config, max_length=longest, kept=kept, name="ruler", add_bos_token=add_bos_token
+            )
         from lm_eval.api.registry import get_model
 
-        config, source = self.setting.config, self.setting.source
-        backend = config.ruler.ruler_backend
-        arguments: dict[str, Any] = {
-            "pretrained": source.load_hf,
-            "dtype": "bfloat16" if config.compute.bf16 else "float32",
-            "batch_size": config.evaluation.micro_batch_size,
-            "max_length": max(self.work.lengths),
-            "add_bos_token": bool(self.work.first_ids),
-        }
-        if backend == "vllm":
-            arguments["max_model_len"] = arguments.pop("max_length")
-        else:
-            arguments["device"] = self.setting.device.type
-        return keeping(get_model(backend), kept, "ruler")(**arguments)
+        return keeping(get_model("vllm"), kept, "ruler")(
+            pretrained=source.load_hf,
+            dtype="bfloat16" if config.compute.bf16 else "float32",
+            batch_size=config.evaluation.micro_batch_size,
+            max_model_len=longest,
+            add_bos_token=add_bos_token,
+        )
 
 
 def scores_of_texts(examples: Examples, texts: Sequence[str]) -> Scored:

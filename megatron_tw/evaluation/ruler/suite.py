@@ -31,7 +31,7 @@ def prepare_ruler(setting: Setting, names: Sequence[str]) -> Run | WithoutModel:
         setting.source.architecture.check_length(length, "--ruler-lengths")
     texts = open_texts(options, names)
     if options.ruler_scoring == "generation":
-        check_generation(options, setting.source)
+        check_generation(options, setting.config.model, setting.source)
     folder = tokenizer_folder(setting.source, "ruler")
     tokenizer = load_tokenizer(folder)
     first_ids = first_tokens(setting.config.evaluation.bos_id, tokenizer)
