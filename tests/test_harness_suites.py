@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import yaml
 
 from megatron_tw.config import parse_options
 from megatron_tw.config.evaluation import EvaluationConfig
-from megatron_tw.evaluation.harness.datasets import files_of
+from megatron_tw.evaluation.harness.datasets import data_from, files_of
 from megatron_tw.evaluation.harness.generation import REQUESTS_PER_PART, hugging_face_lm
 from megatron_tw.evaluation.harness.suites import SUITES, found, load_tasks
 from megatron_tw.evaluation.kept import Kept
@@ -263,6 +264,113 @@ def test_what_is_missing_is_said_before_the_model_is_loaded(world, ranks, tmp_pa
     refused(r"--eval-data: .*detective/train\.jsonl: no JSON", "--tasks=longbench2", f"--eval-data={tmp_path}")
     write(damaged, [{"answer": 0}])
     refused("a column is missing: 'context' is undefined", "--tasks=longbench2", f"--eval-data={tmp_path}")
+    refused(
+        r"--rotary-base 500000\.0: --tasks bbh generates with the model as it lies in .*model; write one with these "
+        r"options, by tools/convert_checkpoint\.py --load-hf .*model --save RUN, then --load RUN --save-hf DIR",
+        "--tasks=bbh", "--rotary-base=5e5", "--seq-length=2048",
+    )  # fmt: skip
+    refused(
+        "--rope-scaling-type linear --rope-scaling-factor 8.0: --tasks bbh generates", "--tasks=bbh",
+        "--rope-scaling-type=linear", "--rope-scaling-factor=8", "--seq-length=2048",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("split", "rows", "message"),
+    [
+        (
+            "test",
+            [{"answer": None}],
+            r"mmlu anatomy: a column is missing: 'answer' in the split test, which has question",
+        ),
+        ("dev", [{"answer": None}], "mmlu anatomy: a column is missing: 'answer' in the split dev, which has question"),
+        ("test", [], r"anatomy/test\.jsonl: expected rows of the split test, got none"),
+        ("dev", None, r"mmlu anatomy: its split dev is missing: expected .*mmlu/anatomy/dev-\*\.parquet"),
+        ("test", None, r"mmlu anatomy: its split test is missing: expected .*mmlu/anatomy/test-\*\.parquet"),
+    ],
+)
+def test_what_a_task_reads_is_there(split, rows, message, world, tmp_path, monkeypatch):
+    """One part of MMLU is enough: the others are the same files."""
+    shutil.copytree(world / "data" / "cais" / "mmlu" / "anatomy", tmp_path / "cais" / "mmlu" / "anatomy")
+    file = next((tmp_path / "cais" / "mmlu" / "anatomy").glob(f"{split}-*"))
+    whole = pyarrow.parquet.read_table(file).to_pylist()
+    file.unlink()
+    if rows is not None:
+        taken = [{key: value for key, value in row.items() if key not in rows[0]} for row in whole] if rows else []
+        write(file.with_name(f"{split}.jsonl"), taken)
+    only = replace(SUITES[0], group="mmlu_anatomy")
+    with pytest.raises(ValueError, match=message):
+        load_tasks(only, tmp_path)
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The rows of the data set `a/b` in `folder`."""
+    import datasets
+
+    with data_from(folder, set()):
+        return list(datasets.load_dataset("a/b", "x")["test"])
+
+
+def test_lines_end_where_json_lines_end(tmp_path):
+    """U+2028 and U+0085 may stand within a string."""
+    rows = [{"text": "one\u2028two"}, {"text": "three\u0085four\x0c"}]
+    file = tmp_path / "a" / "b" / "x" / "test.jsonl"
+    file.parent.mkdir(parents=True)
+    for end in ("\n", "\r\n"):
+        lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+        file.write_bytes("".join(line + end for line in lines).encode())
+        assert read(tmp_path) == rows
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": "\xff"}\n', "expected UTF-8 text, got byte 0xff"),
+        (b"1\n", "row 1: expected an object, got 1"),
+        (b'[{"a": 1}, [2]]', r"row 2: expected an object, got \[2\]"),
+        (b"[" * 100_000, "no JSON: "),
+        (b'{"a": 1}\n{"a": "x"}\n', "expected values of one type in a column: "),
+        (b'{"a": 123456789012345678901234567890}\n', "expected values of one type in a column: "),
+    ],
+    ids=["no UTF-8", "a number", "a list", "deep", "mixed", "large"],
+)
+def test_damaged_json_lines_are_named(content, message, tmp_path):
+    file = tmp_path / "a" / "b" / "x" / "test.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^--eval-data: {file}: {message}") as caught:
+        read(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_parquet_files_of_other_columns_are_named(tmp_path):
+    for number, value in enumerate((1, "one")):
+        write(tmp_path / "a" / "b" / "x" / f"test-0000{number}-of-00002.parquet", [{"v": value}])
+    with pytest.raises(ValueError, match=r"test-00001-of-00002\.parquet: expected the columns of test-00000-of-00002"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("data_files", "message"),
+    [
+        ("5", "expected a list, got 5"),
+        ("[{split: test, path: /data/y.jsonl}]", "expected paths below .*, got '/data/y.jsonl'"),
+        ('[{split: test, path: ""}]', "expected paths below .*, got ''"),
+    ],
+)
+def test_files_that_a_readme_names_wrongly_are_said(data_files, message, tmp_path):
+    readme = tmp_path / "a" / "b" / "README.md"
+    readme.parent.mkdir(parents=True)
+    readme.write_text(f"---\nconfigs:\n- config_name: x\n  data_files: {data_files}\n---\n")
+    with pytest.raises(ValueError, match=rf"^--eval-data: .*README\.md: data_files of x: {message}"):
+        read(tmp_path)
+
+
+def test_every_suites_own_definitions_are_taken(world):
+    """No column that they name is taken for a missing one."""
+    for suite in SUITES:
+        if not (suite.name == "longbench" and LONGBENCH):
+            assert load_tasks(suite, world / "data")["tasks"], suite.name
 
 
 @pytest.mark.skipif(bool(LONGBENCH), reason=f"LongBench's metrics need {', '.join(LONGBENCH)}")

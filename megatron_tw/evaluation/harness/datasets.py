@@ -26,11 +26,11 @@ SUFFIXES = (".parquet", ".jsonl", ".json")
 
 
 class MissingDataError(Exception):
-    """Files that are not there. dataset: its name on the hub. name: of the part."""
+    """Files that are not there. dataset: its name on the hub. name: of the part. split: None: of all of them."""
 
-    def __init__(self, dataset: str, name: str | None, folder: Path) -> None:
-        super().__init__(f"{dataset} {name} not found in {folder}")
-        self.dataset, self.name, self.folder = dataset, name, folder
+    def __init__(self, dataset: str, name: str | None, folder: Path, split: str | None = None) -> None:
+        super().__init__(f"{dataset} {name} {split or ''} not found in {folder}")
+        self.dataset, self.name, self.folder, self.split = dataset, name, folder, split
 
 
 @contextmanager
@@ -38,16 +38,32 @@ def data_from(folder: Path, opened: set[Path]) -> Iterator[None]:
     """Within the block `datasets.load_dataset` reads files under `folder`, and nothing else; adds them to `opened`.
 
     Raises:
-        MissingDataError: there are none of a data set's part.
+        MissingDataError: there are none of a data set's part, or of a split that is asked for.
+        ValueError: a file that cannot be read, or a split without rows that is asked for; names the file.
     """
     import datasets
+
+    class Splits(datasets.DatasetDict):
+        """A part's splits; tells what is wrong with one when it is asked for, since a task needs not all."""
+
+        def __init__(self, dataset: str, name: str | None, files: dict[str, list[Path]]) -> None:
+            super().__init__({split: _read(of_split) for split, of_split in files.items()})
+            self.dataset, self.name, self.files = dataset, name, files
+
+        def __getitem__(self, split: Any) -> Any:
+            if split not in self.files:
+                raise MissingDataError(self.dataset, self.name, folder, split)
+            rows = super().__getitem__(split)
+            if not len(rows):
+                raise ValueError(f"--eval-data: {self.files[split][0]}: expected rows of the split {split}, got none")
+            return rows
 
     def load(path: str, name: str | None = None, **_: Any) -> Any:
         files = files_of(folder, path, name)
         if not files:
             raise MissingDataError(path, name, folder)
         opened.update(file for of_split in files.values() for file in of_split)
-        return datasets.DatasetDict({split: _read(of_split) for split, of_split in files.items()})
+        return Splits(path, name, files)
 
     real, datasets.load_dataset = datasets.load_dataset, load
     try:
@@ -57,7 +73,11 @@ def data_from(folder: Path, opened: set[Path]) -> Iterator[None]:
 
 
 def files_of(folder: Path, dataset: str, name: str | None) -> dict[str, list[Path]]:
-    """The files of each split of a data set's part, in order; empty where there are none."""
+    """The files of each split of a data set's part, in order; empty where there are none.
+
+    Raises:
+        ValueError: its README.md names files in another way than the hub does.
+    """
     where = folder / dataset
     part = name if name is not None else "default"
     declared = _declared(where, part)
@@ -103,10 +123,19 @@ def _declared(where: Path, part: str) -> dict[str, list[Path]]:
         if not isinstance(config, dict) or config.get("config_name") != part:
             continue
         found: dict[str, list[Path]] = {}
-        for entry in config.get("data_files") or []:
+        entries = config.get("data_files") or []
+        if not isinstance(entries, list | dict | str):
+            raise ValueError(f"--eval-data: {readme}: data_files of {part}: expected a list, got {entries!r}")
+        for entry in entries:
             if isinstance(entry, dict) and "split" in entry and "path" in entry:
                 paths = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
-                files = sorted(file for path in paths for file in where.glob(str(path)) if file.is_file())
+                try:
+                    files = sorted(file for path in paths for file in where.glob(str(path)) if file.is_file())
+                except (ValueError, NotImplementedError) as error:  # "" and **x; from /
+                    raise ValueError(
+                        f"--eval-data: {readme}: data_files of {part}: expected paths below {where}, got "
+                        f"{', '.join(map(repr, paths))}"
+                    ) from error
                 if files:
                     found[str(entry["split"])] = files
         return found
@@ -117,26 +146,52 @@ def _read(files: list[Path]) -> Any:
     """A data set in memory.
 
     Raises:
-        ValueError: a file that is no parquet or JSON; names it.
+        ValueError: a file that is no parquet or JSON, or whose columns are not those of the others; names it.
     """
     import datasets
     import pyarrow
     import pyarrow.parquet
 
     if files[0].suffix == ".parquet":
-        try:
-            tables = [pyarrow.parquet.read_table(file) for file in files]
-        except (OSError, pyarrow.ArrowException) as error:
-            raise ValueError(f"--eval-data: {files[0]}: cannot be read: {' '.join(str(error).split())}") from error
+        tables: list[Any] = []
+        for file in files:
+            try:
+                tables.append(pyarrow.parquet.read_table(file))
+            except (OSError, pyarrow.ArrowException) as error:
+                raise ValueError(f"--eval-data: {file}: cannot be read: {' '.join(str(error).split())}") from error
+            if not tables[-1].schema.equals(tables[0].schema):
+                raise ValueError(
+                    f"--eval-data: {file}: expected the columns of {files[0].name}, {_columns(tables[0])}, got "
+                    f"{_columns(tables[-1])}"
+                )
         return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.concat_tables(tables)))
-    rows = []
-    for file in files:
+    rows = [row for file in files for row in _json_rows(file)]
+    try:
+        return datasets.Dataset.from_list(rows)
+    except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError) as error:
+        others = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
+        raise ValueError(
+            f"--eval-data: {files[0]}{others}: expected values of one type in a column: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _columns(table: Any) -> str:
+    return ", ".join(f"{column.name} ({column.type})" for column in table.schema)
+
+
+def _json_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file that is a list of objects, or has one in each line."""
+    try:
         text = file.read_text(encoding="utf-8")
-        try:
-            if text.lstrip().startswith("["):
-                rows += json.loads(text)
-            else:
-                rows += [json.loads(line) for line in text.splitlines() if line.strip()]
-        except ValueError as error:
-            raise ValueError(f"--eval-data: {file}: no JSON: {error}") from error
-    return datasets.Dataset.from_list(rows)
+        whole = text.lstrip().startswith("[")
+        # Lines end at "\n" alone: others of Unicode's line ends may stand within a string.
+        rows = json.loads(text) if whole else [json.loads(line) for line in text.split("\n") if line.strip()]
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(f"--eval-data: {file}: expected UTF-8 text, got byte 0x{byte:02x}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--eval-data: {file}: no JSON: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"--eval-data: {file}: row {number}: expected an object, got {json.dumps(row)[:80]}")
+    return rows

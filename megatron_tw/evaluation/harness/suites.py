@@ -136,7 +136,8 @@ def load_tasks(suite: Suite, eval_data: Path) -> Any:
     """lm_eval's tasks with their data, as its TaskManager gives them.
 
     Raises:
-        ValueError: files that are not there, or cannot be read; names them, and where they are to be had.
+        ValueError: files or columns that are not there, or files that cannot be read; names them, and where they are
+        to be had.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # of the libraries; nothing here would ask the network
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -152,6 +153,11 @@ def load_tasks(suite: Suite, eval_data: Path) -> Any:
             loaded = manager.load([suite.group])
     except MissingDataError as missing:
         where = eval_data / missing.dataset
+        if missing.split is not None:
+            raise ValueError(
+                f"--eval-data {eval_data}: --tasks {suite.name}: {missing.dataset} {missing.name}: its split "
+                f"{missing.split} is missing: expected {where}/{missing.name}/{missing.split}-*.parquet (or .jsonl)"
+            ) from missing
         raise ValueError(
             f"--eval-data {eval_data}: --tasks {suite.name} needs {missing.dataset} of the Hugging Face hub, of which "
             f"the part {missing.name} is missing: expected {where}/{missing.name}/SPLIT-*.parquet (or .jsonl); hf "
@@ -162,15 +168,27 @@ def load_tasks(suite: Suite, eval_data: Path) -> Any:
             f"--eval-data {eval_data}: --tasks {suite.name}: {suite.dataset}: a column is missing: {error}"
         ) from error
     for task in loaded["tasks"].values():
-        for kind in ("test_split", "fewshot_split"):
-            split = getattr(task.config, kind)
-            if split is not None and split not in task.dataset:
-                name = task.config.dataset_name
+        for split, column in _columns_read(task):
+            if column not in task.dataset[split].column_names:
                 raise ValueError(
-                    f"--eval-data {eval_data}: --tasks {suite.name}: {suite.dataset} {name}: its split {split} is "
-                    f"missing: expected {eval_data / suite.dataset}/{name}/{split}-*.parquet (or .jsonl)"
+                    f"--eval-data {eval_data}: --tasks {suite.name}: {suite.dataset} {task.config.dataset_name}: a "
+                    f"column is missing: '{column}' in the split {split}, which has "
+                    f"{', '.join(task.dataset[split].column_names)}"
                 )
     return loaded
+
+
+def _columns_read(task: Any) -> Iterator[tuple[str, str]]:
+    """The splits and columns that a task's definition names as they are. Where there is no such column, lm_eval takes
+    the name itself for a text: every answer would be wrong, and nothing said."""
+    if task.config.process_docs is not None:
+        return  # it makes columns
+    splits = [task.config.test_split or task.config.validation_split, task.config.fewshot_split]
+    for split in filter(None, dict.fromkeys(splits)):
+        for kind in ("doc_to_text", "doc_to_target", "doc_to_choice"):
+            named = getattr(task.config, kind)
+            if isinstance(named, str) and named.isidentifier():
+                yield split, named
 
 
 def _no_bar(items: Any, **_: Any) -> Any:
