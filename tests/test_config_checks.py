@@ -32,9 +32,11 @@ from megatron_tw.config import (
     layout_checks,
     num_microbatches,
     padded_vocab_size,
+    parse_options,
     ranges,
     virtual_pipeline_size,
 )
+from megatron_tw.config.evaluation import EvaluationConfig, check_evaluation
 
 BASE = RunConfig(
     data=DataConfig(data_path=("rows",), seq_length=256),
@@ -379,6 +381,53 @@ def test_checks_against_the_model(options: dict[str, Any], shape: dict[str, int]
     with pytest.raises(ValueError) as caught:
         check_model_shape(ParallelConfig(**options), **MODEL | shape)
     assert message in str(caught.value)
+
+
+READ_BY_NONE: list[tuple[str, str]] = [
+    ("--tasks vt --key-tokens x", "--key-tokens x: expected --tasks loss with it"),
+    (
+        "--tasks longppl --longppl-context 64 --longppl-stride 32 --short-window 64",
+        "--short-window 64: expected",
+    ),
+    ("--tasks vt --short-stride 48", "--short-stride 48: expected --tasks loss with it"),
+    ("--tasks vt --min-short-context 8", "--min-short-context 8: expected --tasks loss with it"),
+    ("--tasks mmlu --eval-rows 1", "--eval-rows 1: expected --tasks loss or longppl with it"),
+    ("--tasks vt --scoring-micro-batch 2", "--scoring-micro-batch 2: expected --tasks loss or longppl with it"),
+    ("--tasks vt --longppl-evaluator x", "--longppl-evaluator x: expected --tasks longppl with it"),
+    ("--tasks loss --longppl-cache x", "--longppl-cache x: expected --tasks longppl with it"),
+    ("--tasks loss --longppl-context 64", "--longppl-context 64: expected --tasks longppl with it"),
+    ("--tasks loss --longppl-stride 64", "--longppl-stride 64: expected --tasks longppl with it"),
+    ("--tasks mmlu longppl --bos-id 1", "--bos-id 1: expected --tasks loss or ruler with it"),
+    ("--tasks loss --ruler-lengths 64 128", "--ruler-lengths 64 128: expected --tasks ruler with it"),
+    ("--tasks loss --ruler-scoring generation", "--ruler-scoring generation: expected --tasks ruler with it"),
+    ("--tasks loss --ruler-essay x", "--ruler-essay x: expected --tasks ruler with it"),
+    ("--tasks vt loss --eval-data x", "--eval-data x: expected --tasks mmlu or bbh or longbench or longbench2 with it"),
+    ("--tasks vt --eval-limit 1", "--eval-limit 1: expected --tasks mmlu or bbh or longbench or longbench2 with it"),
+    (
+        "--tasks vt --ruler-backend vllm",
+        "--ruler-backend vllm: expected --ruler-scoring generation with it",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), READ_BY_NONE)
+def test_options_that_no_task_reads_are_refused(options: str, message: str) -> None:
+    given = [*options.split(), "--output", "out", "--seq-length", "256", "--data-path", "rows"]
+    with pytest.raises(ValueError) as caught:
+        check_evaluation(parse_options(given, EvaluationConfig), 1)
+    assert str(caught.value).startswith(message)
+
+
+def test_options_that_some_task_reads_are_taken() -> None:
+    """And those of the model, its layout and the rows with any task."""
+    for options in (
+        "--tasks loss vt mmlu --short-window 64 --eval-rows 1 --bos-id 1 --ruler-seed 1 --eval-data x --eval-limit 1",
+        "--tasks niah_single_1 --ruler-scoring generation --ruler-backend vllm --ruler-essay x --ruler-samples 500",
+        "--tasks longppl --longppl-context 64 --longppl-stride 32 --scoring-micro-batch 2 --eval-rows 1",
+        "--tasks bbh --bf16 --micro-batch-size 2 --rotary-base 5e5 --seq-length 512 --data-path other",
+    ):
+        given = ["--output", "out", "--seq-length", "256", "--data-path", "rows", *options.split()]
+        check_evaluation(parse_options(given, EvaluationConfig), 1)
 
 
 def test_models_that_can_be_cut() -> None:

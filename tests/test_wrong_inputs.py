@@ -39,7 +39,7 @@ def read_table() -> Iterator[Case]:
     for line in TABLE.read_text().splitlines():
         if line.startswith("# "):
             program, *more = line[2:].split()
-            base = BASE[program].split() + more
+            base = _with(BASE[program].split(), more)
         elif line.strip() and not line.startswith("#"):
             given, _, said = (part.strip() for part in line.rpartition(" | "))
             steps = [] if given == "nothing else" else given.split(" ; ")

@@ -1,11 +1,11 @@
 """Options of tools/evaluate.py."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from megatron_tw.config.checks import check_model, check_own_windows
 from megatron_tw.config.compute_checks import check_compute
 from megatron_tw.config.layout_checks import check_parallel, check_seq_length
-from megatron_tw.config.options import flag
+from megatron_tw.config.options import flag, options_of
 from megatron_tw.config.ruler import RulerOptions, check_ruler
 from megatron_tw.config.schema import ComputeConfig, ModelConfig, ParallelConfig, WindowsConfig
 
@@ -25,6 +25,8 @@ SUITES: dict[str, tuple[str, ...]] = {
 """What --tasks takes: a suite's name, for all of it, or that of one of its tasks."""
 ROW_SUITES = ("loss", "longppl")
 """Those that read the rows of --data-path."""
+HARNESS_SUITES = ("mmlu", "bbh", "longbench", "longbench2")
+"""Those of lm-evaluation-harness, which read --eval-data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,17 @@ class EvaluationConfig:
     windows: WindowsConfig = field(default_factory=WindowsConfig)
 
 
+READ_BY: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("loss",): ("key_tokens", "short_window", "short_stride", "min_short_context"),
+    ROW_SUITES: ("eval_rows", "scoring_micro_batch"),
+    ("longppl",): tuple(field.name for field in fields(LongPplOptions)),
+    ("loss", "ruler"): ("bos_id",),
+    ("ruler",): tuple(field.name for field in fields(RulerOptions)),
+    HARNESS_SUITES: ("eval_data", "eval_limit"),
+}
+"""Options that some suites alone read, by those suites."""
+
+
 def check_evaluation(config: EvaluationConfig, world_size: int) -> None:
     """Check the options with each other and with the number of ranks.
 
@@ -108,6 +121,7 @@ def check_evaluation(config: EvaluationConfig, world_size: int) -> None:
     """
     options = config.evaluation
     check_tasks(options)
+    check_read(config)
     check_parallel(config.parallel, world_size)
     check_model(config.model)
     check_compute(config.compute, config.parallel)
@@ -143,8 +157,27 @@ def check_tasks(options: EvaluationOptions) -> None:
         for name, value in (("seq_length", options.seq_length), ("data_path", options.data_path)):
             if suite in options.tasks and value is None:
                 raise ValueError(f"missing {flag(name)}: --tasks {suite} reads rows")
-    if "loss" not in options.tasks and options.key_tokens is not None:
-        raise ValueError(f"--key-tokens {options.key_tokens}: expected --tasks loss with it")
+
+
+def check_read(config: EvaluationConfig) -> None:
+    """That each option that is given, and is for some suites alone, is read by one that is asked for. What places or
+    computes the model, --seq-length and --data-path may stand in a file of options for every task.
+
+    Raises:
+        ValueError: names the option, and the tasks that read it.
+    """
+    suites, defaults = config.evaluation.by_suite(), options_of(EvaluationConfig)
+    for readers, names in READ_BY.items():
+        for name in names:
+            value = getattr(getattr(config, defaults[name].group), name)
+            if value != defaults[name].default and not any(suite in suites for suite in readers):
+                said = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                raise ValueError(f"{flag(name)} {said}: expected --tasks {' or '.join(readers)} with it")
+    if config.ruler.ruler_backend != "hf" and config.ruler.ruler_scoring != "generation":
+        raise ValueError(
+            f"--ruler-backend {config.ruler.ruler_backend}: expected --ruler-scoring generation with it, got "
+            f"{config.ruler.ruler_scoring}"
+        )
 
 
 def check_longppl(longppl: LongPplOptions, seq_length: int) -> None:
