@@ -152,6 +152,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "--fp8-format: expected a multiple of 16 tokens on a rank, got --seq-length 264 x --micro-batch-size 1 over 2",
     ),
     (
+        {"fp8_format": "e4m3", "fp8_recipe": "mxfp8", "bf16": True, "seq_length": 272},
+        "--fp8-recipe mxfp8: expected a multiple of 32 tokens on a rank, got --seq-length 272 x --micro-batch-size 1",
+    ),
+    (
         {"tp_comm_overlap": True, "bf16": True},
         "--tp-comm-overlap: expected --tensor-model-parallel-size above 1 with sequence parallelism, got 1",
     ),
@@ -276,6 +280,8 @@ BAD_FOR_RANKS: list[tuple[dict[str, Any], int, str]] = [
         {"lr_warmup_iters": 20},  # a short run of a recipe with a longer warm-up
         {"save": "out", "load": "out", "save_interval": 5, "exit_interval": 2, "save_hf": "hf"},
         {"context_parallel_size": 4, "cp_comm_type": "a2a+p2p", "hierarchical_context_parallel_sizes": (2, 2)},
+        {"fp8_format": "hybrid", "bf16": True, "seq_length": 272},
+        {"fp8_format": "hybrid", "fp8_recipe": "mxfp8", "bf16": True},
     ],
 )
 def test_good_combinations_pass(options: dict[str, Any]) -> None:

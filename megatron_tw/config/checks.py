@@ -39,7 +39,7 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
     check_activations(config.activations, config.parallel)
     check_kernels(config.kernels, config.parallel, config.compute)
     if config.kernels.fp8_format is not None:
-        check_fp8_tokens(config.parallel, config.data.seq_length, config.train.micro_batch_size)
+        check_fp8_tokens(config.kernels, config.parallel, config.data.seq_length, config.train.micro_batch_size)
     check_weighting(config.weighting)
     check_scorer(config.scorer)
     check_data(config.data, config.scorer)

@@ -11,8 +11,8 @@ LARGEST_VOCABULARY_MULTIPLE = 2**16
 RECOMPUTE_MODULES = ("core_attn", "mlp")
 """Of Megatron-Core's, those that a dense layer has. Not layernorm: Megatron-Core recomputes it with Transformer Engine
 alone, whose layers have none by itself."""
-FP8_MULTIPLE = 16
-"""What Transformer Engine wants the dimensions of a matrix product in FP8 to be a multiple of."""
+FP8_MULTIPLE, MXFP8_MULTIPLE = 16, 32
+"""What Transformer Engine wants the dimensions of a matrix product in FP8 to be a multiple of; mxfp8 scales blocks."""
 LONGEST_MATERIALIZED = 8192
 """Tokens of a row for which all scores of a head may exist at once."""
 
@@ -92,15 +92,17 @@ def check_kernels(kernels: KernelConfig, parallel: ParallelConfig, compute: Comp
     )
 
 
-def check_fp8_tokens(parallel: ParallelConfig, seq_length: int, micro_batch_size: int) -> None:
+def check_fp8_tokens(kernels: KernelConfig, parallel: ParallelConfig, seq_length: int, micro_batch_size: int) -> None:
     """That the tokens which a rank multiplies are as many as FP8 kernels take."""
     ranks = parallel.context_parallel_size
     if parallel.uses_sequence_parallel:
         ranks *= parallel.tensor_model_parallel_size
     tokens = seq_length * micro_batch_size // ranks
+    mxfp8 = kernels.fp8_recipe == "mxfp8"
+    option, multiple = ("--fp8-recipe mxfp8", MXFP8_MULTIPLE) if mxfp8 else ("--fp8-format", FP8_MULTIPLE)
     require(
-        tokens % FP8_MULTIPLE == 0,
-        f"--fp8-format: expected a multiple of {FP8_MULTIPLE} tokens on a rank, got --seq-length {seq_length} x "
+        tokens % multiple == 0,
+        f"{option}: expected a multiple of {multiple} tokens on a rank, got --seq-length {seq_length} x "
         f"--micro-batch-size {micro_batch_size} over {ranks} ranks = {tokens}",
     )
 
