@@ -1,8 +1,10 @@
 """`bash tools/gpu_check.sh` at toy size: its parts run, a part that fails is told and the rest goes on."""
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -16,9 +18,11 @@ import host_waits
 import layers as layers_benchmark
 import loss as loss_benchmark
 import plain_megatron
+import psutil
 import pytest
 import torch
 import torch.multiprocessing as mp
+from test_kills import wait_for
 from test_launch import ROOT, environment
 
 from megatron_tw.parallel.devices import prepare_device
@@ -74,6 +78,71 @@ def test_a_part_that_fails_is_told_and_the_rest_goes_on(tmp_path: Path, monkeypa
         assert said in report
     with pytest.raises(SystemExit, match="--only: expected some of broken, hangs, good, got other"):
         gpu_check.main(["--output", str(tmp_path), "--only", "other"])
+
+
+LEAVES_A_RANK = """
+import os, pathlib, signal, subprocess, sys, time
+rank = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(pathlib.Path("{folder}", "told").write_text("SIGTERM") and 0))
+child = subprocess.Popen([sys.executable, "-c", rank], start_new_session=True)
+pathlib.Path("{folder}", "rank.part").write_text(str(child.pid))
+os.replace(pathlib.Path("{folder}", "rank.part"), pathlib.Path("{folder}", "rank"))
+time.sleep(600)
+"""
+
+
+def leaving_a_rank(folder: Path) -> gpu_check.Part:
+    """A part like torchrun: its rank has a session of its own, and here it is deaf to SIGTERM."""
+    command = (sys.executable, "-c", LEAVES_A_RANK.format(folder=folder))
+    return gpu_check.Part(name="ranks", title="Part ranks", command=command, minutes=0.5, shows=None)
+
+
+def is_gone(folder: Path) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(int((folder / "rank").read_text())).status() == psutil.STATUS_ZOMBIE
+    return True
+
+
+def test_ranks_in_groups_of_their_own_end_with_their_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a GPU, whose memory they would keep; whoever started them is asked first."""
+    monkeypatch.setattr(gpu_check, "GRACE_SECONDS", 5.0)
+    with (log := tmp_path / "log").open("w") as errors:
+        process = subprocess.Popen(leaving_a_rank(tmp_path).command, stderr=errors, start_new_session=True)
+    wait_for((tmp_path / "rank").exists, log)
+    assert gpu_check.wait_and_end(process, 0.1) is None
+    assert (tmp_path / "told").exists()
+    assert process.returncode is not None
+    assert is_gone(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_part_too_and_what_is_known_is_written(number: signal.Signals, tmp_path: Path) -> None:
+    program = """
+import signal, sys
+import gpu_check
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
+def part(name, *command):
+    return gpu_check.Part(name=name, title=f"Part {name}", command=command, minutes=5, shows=None)
+gpu_check.GRACE_SECONDS = 5.0
+gpu_check.parts = lambda *args, **options: [part("quick", "true"), part("ranks", *sys.argv[2:])]
+gpu_check.main(["--output", sys.argv[1]])
+"""
+    command = [sys.executable, "-c", program, str(tmp_path), *leaving_a_rank(tmp_path).command]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tools" / "benchmarks")])
+    with (log := tmp_path / "log").open("w") as errors:
+        process = subprocess.Popen(command, stderr=errors, env=environment() | {"PYTHONPATH": paths})
+    wait_for((tmp_path / "rank").exists, log)
+    process.send_signal(number)
+    process.wait(60)
+    said = log.read_text()
+    assert process.returncode == 128 + number
+    assert said.splitlines()[-1] == f"stopped by {number.name}; {tmp_path / 'report.md'} has the parts so far"
+    assert "Traceback" not in said
+    assert is_gone(tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    assert "| Part quick | passed |" in report
+    assert "FAILED: Part ranks." in report
+    assert "begun, not over" in report
 
 
 def test_a_limit_for_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

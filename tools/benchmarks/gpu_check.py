@@ -13,14 +13,19 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import psutil
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +35,11 @@ PACKAGES = (
     *("cut-cross-entropy", "liger-kernel"),
 )
 TAIL_LINES = 25
+LOOK_SECONDS = 5.0
+"""Between two looks at what a part has started."""
+GRACE_SECONDS = 40.0
+"""For a part to end by itself: torchrun gives its ranks 30."""
+Results = dict[str, tuple["Part", bool, float, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,18 +224,17 @@ def run_part(part: Part, folder: Path, minutes_left: float = math.inf) -> tuple[
     }
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
     log = folder / f"{part.name}.log"
-    with log.open("w") as errors:
+    # A file, not a pipe, which whoever outlives the part would keep open.
+    with log.open("w") as errors, tempfile.TemporaryFile("w+") as printed:
         process = subprocess.Popen(
-            part.command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            output, _ = process.communicate(timeout=60 * minutes)
-            why = "" if process.returncode == 0 else f"exit status {process.returncode}"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)  # its ranks, too
-            output, _ = process.communicate()
-            why = f"not over after {minutes:.2g} minutes"
+            part.command, cwd=ROOT, env=environment, stdout=printed, stderr=errors, start_new_session=True
+        )
+        status = wait_and_end(process, 60 * minutes)
+        printed.seek(0)
+        output = printed.read()
+    why = f"exit status {status}" if status else ""
+    if status is None:
+        why = f"not over after {minutes:.2g} minutes"
     if "PROBLEM: " in output:
         why = why or "see PROBLEM below"
     said = part.shows(output) if part.shows is not None else ""
@@ -238,7 +247,63 @@ def run_part(part: Part, folder: Path, minutes_left: float = math.inf) -> tuple[
     return not why, time.perf_counter() - started, said.strip()
 
 
-def report(results: dict[str, tuple[Part, bool, float, str]]) -> str:
+def wait_and_end(process: subprocess.Popen[Any], seconds: float) -> int | None:
+    """The exit status of a process that leads a group, None where it is not over after `seconds`. Whatever it started
+    is ended then, and on KeyboardInterrupt too."""
+    end, started = time.monotonic() + seconds, set[psutil.Process]()
+    try:
+        while (left := end - time.monotonic()) > 0:
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(min(left, LOOK_SECONDS))
+            started |= _started_by(process.pid)
+        return None
+    finally:
+        _end(process, started | _started_by(process.pid))
+
+
+def _end(process: subprocess.Popen[Any], started: set[psutil.Process]) -> None:
+    """End a process, its group and what it started, by SIGTERM first: torchrun then ends its ranks, which have groups
+    of their own. A second Ctrl-C ends the waiting."""
+    try:
+        _signal_group(process.pid, signal.SIGTERM)
+        _wait(process, started)
+    finally:
+        started |= {child for parent in filter(_runs, started) for child in _started_by(parent.pid)}
+        _signal_group(process.pid, signal.SIGKILL)
+        for child in started:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()  # unless its number is another's by now
+        _wait(process, started)
+
+
+def _wait(process: subprocess.Popen[Any], started: set[psutil.Process]) -> None:
+    end = time.monotonic() + GRACE_SECONDS
+    while time.monotonic() < end and (process.poll() is None or any(map(_runs, started))):
+        time.sleep(0.1)
+
+
+def _started_by(number: int) -> set[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        return set(psutil.Process(number).children(recursive=True))
+    return set()
+
+
+def _runs(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _signal_group(leader: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(leader, number)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def report(results: Results) -> str:
     failed = [part.title for part, passed, *_ in results.values() if not passed]
     lines = [
         "# What a machine with GPUs showed",
@@ -293,18 +358,39 @@ def main(arguments: Sequence[str]) -> None:
         names = ", ".join(part.name for part in listed)
         sys.exit(f"error: --only: expected some of {names}, got {', '.join(sorted(unknown))}")
     chosen = [part for part in listed if options.only is None or part.name in options.only]
-    results: dict[str, tuple[Part, bool, float, str]] = {}
-    end = time.perf_counter() + 60 * options.minutes
-    file = options.output / "report.md"
-    for part in (bar := tqdm(chosen, unit="part")):
-        bar.set_description(part.title)
-        results[part.name] = (part, *run_part(part, options.output, (end - time.perf_counter()) / 60))
-        file.write_text(report(results))  # part by part: a machine may be taken away
-    status = {name: {"passed": passed, "seconds": seconds} for name, (_, passed, seconds, _) in results.items()}
-    (options.output / "status.json").write_text(json.dumps(status, indent=1))
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        results = run_parts(chosen, options.output, options.minutes)
+    except KeyboardInterrupt as stopped:
+        number = signal.Signals(stopped.args[0] if stopped.args else signal.SIGINT)
+        print(f"\nstopped by {number.name}; {options.output / 'report.md'} has the parts so far", file=sys.stderr)
+        sys.exit(128 + number)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     failed = [part.title for part, passed, *_ in results.values() if not passed]
-    print(f"wrote {file}; " + (f"FAILED: {', '.join(failed)}" if failed else "all parts passed"))
+    said = f"FAILED: {', '.join(failed)}" if failed else "all parts passed"
+    print(f"wrote {options.output / 'report.md'}; {said}")
     sys.exit(1 if failed else 0)
+
+
+def run_parts(chosen: Sequence[Part], folder: Path, minutes: float) -> Results:
+    """Run them in order, with report.md and status.json of those so far at any moment: a machine may be taken away."""
+    results: Results = {}
+    end = time.perf_counter() + 60 * minutes
+    with tqdm(chosen, unit="part") as bar:
+        for part in bar:
+            bar.set_description(part.title)
+            results[part.name] = (part, False, 0.0, "FAILED: begun, not over")
+            write_results(results, folder)
+            results[part.name] = (part, *run_part(part, folder, (end - time.perf_counter()) / 60))
+            write_results(results, folder)
+    return results
+
+
+def write_results(results: Results, folder: Path) -> None:
+    (folder / "report.md").write_text(report(results))
+    status = {name: {"passed": passed, "seconds": seconds} for name, (_, passed, seconds, _) in results.items()}
+    (folder / "status.json").write_text(json.dumps(status, indent=1))
 
 
 if __name__ == "__main__":
