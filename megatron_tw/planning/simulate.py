@@ -11,12 +11,19 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from megatron_tw.config import RunConfig, data_parallel_size, num_microbatches
+from megatron_tw.config import (
+    KernelConfig,
+    OptimizationConfig,
+    ParallelConfig,
+    RunConfig,
+    data_parallel_size,
+    num_microbatches,
+)
 from megatron_tw.config.options import flag
 from megatron_tw.data.loader import Batch, Loader
 from megatron_tw.model.architecture import Architecture
@@ -37,6 +44,7 @@ from megatron_tw.training.loop import Run
 from megatron_tw.weighting.schedule import WeightingSchedule
 
 LAYERS = "this project's own layers"
+Group = TypeVar("Group", ParallelConfig, KernelConfig, OptimizationConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,29 +131,35 @@ def simulate(job: Job) -> Simulation:
 
 
 def with_own_layers(config: RunConfig) -> tuple[RunConfig, list[str]]:
-    """The options without what Transformer Engine or Apex computes, or a GPU's host keeps, and the flags of what was
-    asked for of it."""
-    kernels, optimizer = config.kernels, config.optimizer
-    defaults: dict[str, Any] = {
-        field.name: field.default
-        for field in fields(optimizer)
-        if field.name in ("use_precision_aware_optimizer", "optimizer_cpu_offload") or field.name.endswith("_dtype")
-    }
+    """The options without what Transformer Engine or Apex computes, or a GPU's host keeps, nor what depends on that,
+    and the flags of what was asked for of it."""
     own = replace(
         config,
+        parallel=_reset(config.parallel, "cp_comm_type", "hierarchical_context_parallel_sizes"),
         compute=replace(config.compute, transformer_impl="local"),
-        kernels=replace(
-            kernels, gradient_accumulation_fusion=None, rope_fusion=None, tp_comm_overlap=False, fp8_format=None
+        kernels=_reset(config.kernels, "gradient_accumulation_fusion", "rope_fusion", "tp_comm_", "fp8_"),
+        optimizer=_reset(
+            config.optimizer,
+            *("use_precision_aware_optimizer", "optimizer_cpu_offload", "optimizer_offload_fraction"),
+            *("main_grads_dtype", "main_params_dtype", "exp_avg_"),
         ),
-        optimizer=replace(optimizer, **defaults),
     )
     changed = [
         flag(field.name)
-        for before, after in ((kernels, own.kernels), (optimizer, own.optimizer))
+        for group in ("parallel", "kernels", "optimizer")
+        for before, after in [(getattr(config, group), getattr(own, group))]
         for field in fields(before)
         if getattr(before, field.name) not in (getattr(after, field.name), False)
     ]
     return own, ["--transformer-impl"] * (config.compute.transformer_impl == "transformer_engine") + changed
+
+
+def _reset(group: Group, *beginnings: str) -> Group:
+    """The options, those whose names begin so at their defaults."""
+    defaults: dict[str, Any] = {
+        field.name: field.default for field in fields(group) if field.name.startswith(beginnings)
+    }
+    return replace(group, **defaults)
 
 
 def _join_fake_world(job: Job) -> Device:
