@@ -55,13 +55,13 @@ def _scoring_work(sizes: Sizes) -> Work:
 
 def flops_of_a_rank(sizes: Sizes) -> dict[str, dict[str, float]]:
     """By phase and kind, of a rank of the last stage, which has the head too."""
-    work, parallel = work_of(sizes), sizes.config.parallel
-    stages = parallel.pipeline_model_parallel_size
-    heads = _head_share(sizes)
+    work, stages = work_of(sizes), sizes.config.parallel.pipeline_model_parallel_size
     flops = {}
     for phase, part in (("scoring", work.scoring), ("forward", work.forward), ("backward", work.backward)):
-        gemm = part.gemm / sizes.world_size * (1 + heads * (stages - 1))
-        flops[phase] = {"gemm": gemm, "attention": part.attention / sizes.world_size}
+        heads, ranks = _head_share(sizes), sizes.world_size
+        if phase == "scoring" and sizes.scoring is not None and not sizes.scoring.pipelined:
+            heads, ranks = 0.0, ranks // stages  # of the last stage alone
+        flops[phase] = {"gemm": part.gemm / ranks * (1 + heads * (stages - 1)), "attention": part.attention / ranks}
     return flops
 
 
@@ -239,4 +239,4 @@ def scoring_bytes(sizes: Sizes) -> float:
         return 0.0
     at_once = scoring.micro_batch or sizes.windows_of_a_rank
     tokens = at_once * scoring.windows[0].length
-    return 0.8 * layer_bytes(sizes, tokens, tokens).ours
+    return 0.8 * layer_bytes(sizes.of_scorer, tokens, tokens).ours

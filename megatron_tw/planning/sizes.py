@@ -1,6 +1,6 @@
 """The sizes of a run in figures, decided from its options."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_tw.config import (
     DEFAULT_KEEP_LOGITS_MIB,
@@ -101,6 +101,19 @@ class Sizes:
     @property
     def bytes_of_a_number(self) -> int:
         return 2 if self.config.compute.bf16 else 4
+
+    @property
+    def of_scorer(self) -> "Sizes":
+        """The same with the shape of the model that scores, for what a layer of it holds and sends."""
+        return self if self.scoring is None else replace(self, architecture=self.scoring.architecture)
+
+    @property
+    def scoring_layers(self) -> float:
+        """Of a rank that scores: all of a scorer that lies on the last stage alone, else those of a stage."""
+        if self.scoring is None:
+            return 0.0
+        stages = self.config.parallel.pipeline_model_parallel_size if self.scoring.pipelined else 1
+        return self.scoring.architecture.num_layers / stages
 
     @property
     def windows_of_a_rank(self) -> int:

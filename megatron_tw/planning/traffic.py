@@ -23,8 +23,9 @@ def elementwise_bytes(sizes: Sizes, *, transformer_engine: bool) -> dict[str, fl
     scoring = 0.0
     if sizes.scoring is not None:
         tokens = sizes.scoring_microbatches and sizes.windows_of_a_rank * sizes.scoring.windows[0].length
-        window = layer_bytes(sizes, tokens, tokens)
-        scoring = layers * 2 * (window.te if transformer_engine else window.ours) * sizes.rows / sizes.copies
+        window = layer_bytes(sizes.of_scorer, tokens, tokens)
+        passes = sizes.scoring_layers * sizes.rows / sizes.copies
+        scoring = passes * 2 * (window.te if transformer_engine else window.ours)
     weights = weights_of_a_rank(sizes, last=True).total
     owned = weights / (sizes.copies * parallel.context_parallel_size)
     return {
@@ -92,10 +93,11 @@ def collectives_of(sizes: Sizes) -> list[Collective]:
     add(gather, "DP x CP", "all_gather", sharded, 1, b * weights, bool(options.overlap_param_gather))
     if sizes.scoring is not None:
         tokens = sizes.windows_of_a_rank * sizes.scoring.windows[0].length
-        scored = sizes.rows / sizes.copies
+        scorer, scored = sizes.scoring.architecture, sizes.rows / sizes.copies
         groups = num_window_groups(len(sizes.scoring.windows), context)
         share = context // groups
-        layer_forward("scoring", layers * scored, tokens / share * a.hidden_size * b)
-        add("scoring", "window", "all_gather", share, layers * scored, 2 * tokens * keys * b)
+        passes, keys = sizes.scoring_layers * scored, max(scorer.num_query_groups // tensor, 1) * scorer.head_dim
+        layer_forward("scoring", passes, tokens / share * scorer.hidden_size * b)
+        add("scoring", "window", "all_gather", share, passes, 2 * tokens * keys * b)
         add("scoring", "CP", "all_reduce", context, scored, 4 * config.data.seq_length)
     return found
