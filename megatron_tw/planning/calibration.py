@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 from megatron_tw.config import RunConfig, parse_options
+from megatron_tw.model.architecture import Architecture, read_architecture
 from megatron_tw.planning.formulas import flops_of_a_rank
 from megatron_tw.planning.roofline import Cluster, phase_times
 from megatron_tw.planning.sizes import Sizes
@@ -23,7 +24,7 @@ def calibrated(cluster: Cluster, file: str, *, transformer_engine: bool) -> Clus
     its newest checkpoint beside the file says.
 
     Raises:
-        ValueError: no metrics, no checkpoint, or one without options; names --calibrate.
+        ValueError: no metrics, no checkpoint, one without options, or a run whose scorer is gone; names --calibrate.
     """
     path = Path(file)
     steps = _read_steps(path)
@@ -32,7 +33,7 @@ def calibrated(cluster: Cluster, file: str, *, transformer_engine: bool) -> Clus
         raise ValueError(f"--calibrate {file}: expected a checkpoint of the run beside it, found none")
     config = parse_options([f"--config={checkpoint.directory / CONFIG_FILE}"], RunConfig)
     ranks = round(steps[-1]["world_size"])
-    sizes = Sizes.of(config, checkpoint.architecture, ranks)
+    sizes = Sizes.of(config, checkpoint.architecture, ranks, _scorer_of(config, file))
     of_run = replace(cluster, world_size=ranks, scoring_scale=1.0, step_scale=1.0)
     times = phase_times(
         flops_of_a_rank(sizes),
@@ -52,6 +53,16 @@ def calibrated(cluster: Cluster, file: str, *, transformer_engine: bool) -> Clus
     return replace(
         cluster, step_scale=step_scale, scoring_scale=median(scored) / scoring if scored and scoring else step_scale
     )
+
+
+def _scorer_of(config: RunConfig, file: str) -> Architecture | None:
+    """The shape of the run's --scorer-hf, None without."""
+    if config.scorer.scorer_hf is None:
+        return None
+    try:
+        return read_architecture(config.scorer.scorer_hf)
+    except ValueError as error:
+        raise ValueError(f"--calibrate {file}: expected the run's --scorer-hf where it was: {error}") from error
 
 
 def _read_steps(path: Path) -> list[dict[str, Any]]:
