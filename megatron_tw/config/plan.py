@@ -68,8 +68,8 @@ class PlannedDataConfig(DataConfig):
 class PlannedTrainConfig(TrainConfig):
     """Training: in what portions."""
 
-    train_iters: int = 1
-    """Optimizer steps; of a --weighting-schedule the dearest stage before it is planned."""
+    train_iters: int | None = None  # type: ignore[assignment]
+    """Optimizer steps; of a --weighting-schedule the dearest stage before it is planned (null: of all stages)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +81,12 @@ class PlanConfig(RunConfig):
     train: PlannedTrainConfig = field(default_factory=PlannedTrainConfig)
 
     def run_config(self) -> RunConfig:
-        """The options of the training, without what it reads and writes: a plan has no use for that."""
+        """The options of the training, without what it reads and writes: a plan has no use for that. One step where
+        --train-iters is not given."""
         groups = {group.name: getattr(self, group.name) for group in fields(RunConfig)}
         train = replace(
             self.train,
+            train_iters=1 if self.train.train_iters is None else self.train.train_iters,
             eval_interval=None,
             eval_iters=None,
             eval_ruler=None,

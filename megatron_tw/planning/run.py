@@ -1,7 +1,7 @@
 """From the options of tools/plan.py to plans: the ranks of one layout simulated, or a search whose finalists are."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_tw.config import RunConfig, check_model_shape, num_microbatches
 from megatron_tw.config.plan import PlanConfig, check_plan
@@ -49,6 +49,8 @@ def make_plan(config: PlanConfig) -> Planned:
     schedule = schedule_from_options(run.weighting)
     check_scorer_options(run, needed=schedule.needs_scorer)
     schedule.check_rows(run.data.seq_length)
+    if config.train.train_iters is None:
+        run = replace(run, train=replace(run.train, train_iters=schedule.stages[-1].step + 1))
     architecture.check_length(run.data.seq_length, "--seq-length")
     if options.calibrate is not None:
         cluster = calibrated(cluster, options.calibrate, transformer_engine=takes_transformer_engine(run))
