@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,15 @@ from programs import Programs
 from test_launch import ROOT
 from tiny import TINY_LLAMA, prepare_ready_rows, reference_rows
 
-from megatron_tw.config import ParallelConfig, RunConfig, parse_options
+from megatron_tw.config import ParallelConfig, RunConfig, check_config, parse_options
 from megatron_tw.config.options import options_of as options_in
 from megatron_tw.config.plan import PlanConfig, PlanOptions, check_plan
+from megatron_tw.model.architecture import Architecture
 from megatron_tw.model.flops import model_flops
 from megatron_tw.parallel.gpus import GPUS
-from megatron_tw.planning.formulas import flops_of_a_rank, memory_of, training_bytes, weights_of_a_rank
+from megatron_tw.planning import calibration
+from megatron_tw.planning import run as planning_run
+from megatron_tw.planning.formulas import flops_of_a_rank, memory_of, scoring_bytes, training_bytes, weights_of_a_rank
 from megatron_tw.planning.limits import NOT_SIMULATED
 from megatron_tw.planning.picture import memory_picture
 from megatron_tw.planning.plan import Plan
@@ -31,9 +35,13 @@ from megatron_tw.planning.roofline import Cluster, collective_seconds, members_i
 from megatron_tw.planning.run import Planned, layout_options, make_plan
 from megatron_tw.planning.search import best_of_each, candidates, estimated_seconds, gather_choices
 from megatron_tw.planning.shapes import SHAPES, named_architecture
+from megatron_tw.planning.simulate import most_costly_iteration, with_own_layers
 from megatron_tw.planning.sizes import Sizes
 from megatron_tw.planning.table import format_plan
+from megatron_tw.planning.traffic import collectives_of, elementwise_bytes
 from megatron_tw.planning.transformer_engine import STATUS, unpaired
+from megatron_tw.runtime.checkpoint import CONFIG_FILE
+from megatron_tw.weighting.options import schedule_from_options
 
 EXAMPLES = ROOT / "examples"
 RECIPES = {
@@ -327,6 +335,100 @@ def test_a_measured_run_sets_the_times(measured: Path) -> None:
     assert plan.step_seconds == pytest.approx(np.median([step["step_seconds"] for step in steps]), rel=0.3)
     assert plan.cluster.step_scale > 10  # a CPU
     assert "scaled to a run" in format_plan(Planned(plan=plan))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(
+            f"--fp8-format hybrid {more}"
+            for more in ("--fp8-recipe mxfp8", "--fp8-margin 1", "--fp8-amax-history-len 16")
+        ),
+        "--fp8-format hybrid --fp8-amax-compute-algo max",
+        "--tp-comm-overlap --tp-comm-bootstrap-backend gloo",
+        "--use-precision-aware-optimizer --optimizer-cpu-offload --optimizer-offload-fraction 0.5",
+        "--use-precision-aware-optimizer --main-grads-dtype bf16 --main-params-dtype fp16",
+        "--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype fp8",
+        "--cp-comm-type a2a",
+        "--cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2,2",
+    ],
+)
+def test_what_is_not_simulated_leaves_no_option_that_depends_on_it(options: str) -> None:
+    config = options_of("extend_llama3_32k", "--model", "llama3-8b", "--world-size", "8", *options.split())
+    check_plan(config)
+    own, left_out = with_own_layers(config.run_config())
+    check_config(own, 8)
+    assert set(left_out) == {word for word in options.split() if word.startswith("--")}
+
+
+def test_a_live_scorer_counts_with_its_own_shape() -> None:
+    """By hand, of each layer and token: 6 hidden states, 2 of keys' width and 3 of the MLP's, halved by TP 2. The model
+    itself leaves window 0 out."""
+    model, small = named_architecture("llama3-8b"), named_architecture("llama3.2-1b")
+    live = ("--scorer", "frozen", "--scorer-hf", "folder")
+
+    def sizes(*options: str, scorer: Architecture | None = None) -> Sizes:
+        config = options_of("extend_llama3_32k", "--model", "llama3-8b", "--world-size", "8", *options)
+        return Sizes.of(config.run_config(), model, 8, scorer)
+
+    def scoring(of: Sizes) -> tuple[float, float, float]:
+        sent = sum(c.payload_bytes for c in collectives_of(of) if c.phase == "scoring" and c.group == "TP")
+        return elementwise_bytes(of, transformer_engine=False)["scoring"], sent, scoring_bytes(of)
+
+    own, same, less = sizes(), sizes(*live, scorer=model), sizes(*live, scorer=small)
+    windows = same.windows_of_a_rank / own.windows_of_a_rank
+    assert scoring(same) == pytest.approx([windows * number for number in scoring(own)])
+    layer = (6 * 2048 + 2 * 512 + 3 * 8192) / (6 * 4096 + 2 * 1024 + 3 * 14336)
+    shares = [number / of for number, of in zip(scoring(less), scoring(same), strict=True)]
+    assert shares == pytest.approx([layer * 16 / 32, 2048 / 4096 * 16 / 32, layer])
+    # Over two stages it is whole on the last, where a model in training has half its layers.
+    pipelined = ("--pipeline-model-parallel-size", "2", "--context-parallel-size", "2")
+    whole, half = sizes(*pipelined, *live, scorer=model), sizes(*pipelined)
+    windows = whole.windows_of_a_rank / half.windows_of_a_rank
+    for index in (0, 1):
+        assert scoring(whole)[index] == pytest.approx(2 * windows * scoring(half)[index])
+    for kind in ("gemm", "attention"):
+        assert flops_of_a_rank(whole)["scoring"][kind] == pytest.approx(
+            whole.windows_of_a_rank / same.windows_of_a_rank * flops_of_a_rank(same)["scoring"][kind], rel=0.01
+        )
+
+
+def test_calibration_knows_the_scorer_of_the_measured_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = shrunk("llama3.2-1b", 2, tmp_path / "scorer")
+    options = {
+        "load_hf": "gone", "data_path": "rows", "seq_length": 4096, "train_iters": 9, "bf16": True, "scorer": "frozen",
+        "weighting": "dense", "short_window": 1024, "scorer_hf": scorer,
+    }  # fmt: skip
+    (tmp_path / CONFIG_FILE).write_text(yaml.safe_dump(options))
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text(json.dumps({"step_seconds": 3.0, "scoring_seconds": 1.0, "world_size": 1}) + "\n")
+    checkpoint = SimpleNamespace(directory=tmp_path, architecture=named_architecture("llama3-8b"))
+    monkeypatch.setattr(calibration, "find_checkpoint", lambda *_: checkpoint)
+    cluster = Cluster.of(PlanOptions(world_size=1), transformer_engine=False)
+    few = calibration.calibrated(cluster, str(metrics), transformer_engine=False)
+    (tmp_path / "scorer" / "config.json").write_text(json.dumps(SHAPES["llama3-8b"][1]))
+    many = calibration.calibrated(cluster, str(metrics), transformer_engine=False)
+    assert many.step_scale == few.step_scale
+    assert few.scoring_scale > 10 * many.scoring_scale  # a second is long for two layers
+    (tmp_path / "scorer" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"--calibrate .*: expected the run's --scorer-hf where it was: .* not found"):
+        calibration.calibrated(cluster, str(metrics), transformer_engine=False)
+
+
+@pytest.mark.parametrize(("given", "step"), [([], 100), (["--train-iters", "50"], 49)], ids=str)
+def test_the_costliest_stage_is_planned(given: list[str], step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[RunConfig] = []
+
+    def plans(layouts: list[Sizes], *_: Any) -> list[Any]:
+        planned.extend(sizes.config for sizes in layouts)
+        return [None]
+
+    monkeypatch.setattr(planning_run, "_plans", plans)
+    options = ["--model", "llama3-8b", "--world-size", "8", "--seq-length", "8192", "--short-window", "2048", "--bf16"]
+    schedule = "0: uniform; 100: dense"
+    make_plan(parse_options([*options, "--weighting-schedule", schedule, *given], PlanConfig))
+    (run,) = planned
+    assert most_costly_iteration(schedule_from_options(run.weighting), run.train.train_iters) == step
 
 
 def test_named_models_can_be_read() -> None:
