@@ -33,9 +33,11 @@ from process_memory import status_bytes
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_tw.config.quiet import quiet_libraries
 from megatron_tw.losses import linear_cross_entropy
 from megatron_tw.parallel.devices import Device, prepare_device, synchronize
 
+quiet_libraries()  # in the processes of ranks, too, which import this
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OURS, KEEPING, MEGATRON = "ours", "ours, logits kept", "Megatron-Core"
 LLAMA3_8B = {"tokens": 32768, "hidden": 4096, "vocab": 128256, "dtype": "bf16", "tp": [1]}
