@@ -14,6 +14,8 @@ from programs import Programs
 from ranks import RankPool, share_fork_server
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which any test may do
 share_fork_server()
 
 
