@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
+from megatron_tw.data.files import PARTIAL_SUFFIX
 from megatron_tw.data.opening import (
     COMPRESSIONS,
     dataset_files,
@@ -41,8 +42,6 @@ NO_DOCUMENTS = frozenset(
 )
 """A folder that holds one of these is prepared rows, a tokenizer or a model, or a run: its .txt files (merges.txt,
 vocab.txt) are no documents."""
-PARTIAL_SUFFIX = ".partial"
-"""Of a folder that is not complete."""
 MASK_KEY = "loss_mask"
 """JSON key or parquet column beside ready ids: 1 where the token at the same place is to be learned, else 0."""
 TABLE_BATCH_ROWS = 256

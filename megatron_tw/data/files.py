@@ -32,6 +32,8 @@ _OF_NUMPY = (
 """What `numpy.load` raises for damaged files."""
 _INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
 _INDEX_SEQUENCE_BYTES, _INDEX_BOUNDARY_BYTES = 12, 8  # what follows for each
+PARTIAL_SUFFIX = ".partial"
+"""Of a folder that is not complete."""
 PART_ROWS = 1 << 16
 """Rows whose places or digests are held at a time while they are written."""
 
@@ -214,6 +216,11 @@ def write_index(
 def parts_of(count: int) -> Iterator[range]:
     """0 .. count - 1, a part at a time."""
     return (range(start, min(start + PART_ROWS, count)) for start in range(0, count, PART_ROWS))
+
+
+def partial_folder(output: Path) -> Path:
+    """Where a folder lies while it is being made: beside `output`, which it becomes."""
+    return output.absolute().parent / f"{output.absolute().name}{PARTIAL_SUFFIX}"
 
 
 def check_place(output: Path, option: str = "--output") -> None:

@@ -26,7 +26,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_tw.data.files import check_new_folder, header_json, making, numpy_file, read_header, write_synced
+from megatron_tw.data.files import (
+    check_new_folder,
+    header_json,
+    making,
+    numpy_file,
+    partial_folder,
+    read_header,
+    write_synced,
+)
 from megatron_tw.data.rows_format import HEADER_FILE
 from megatron_tw.data.rows_writer import RowsSoFar
 
@@ -154,7 +162,7 @@ def growing_folder(output: Path, plan: Plan) -> Iterator[GrowingFolder]:
     Raises:
         ValueError: `output` holds something, another command was begun there, or another process is at it.
     """
-    partial = output.absolute().parent / f"{output.absolute().name}.partial"
+    partial = partial_folder(output)
     if (output / HEADER_FILE).is_file() and partial.is_dir() and not (partial / ROWS).exists():
         shutil.rmtree(partial)  # of a run that was killed when all was done
     check_new_folder(output)

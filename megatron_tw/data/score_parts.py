@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_tw.data.files import check_place, sync, write_synced
+from megatron_tw.data.files import check_place, partial_folder, sync, write_synced
 from megatron_tw.data.rows import TokenRows
 from megatron_tw.data.rows_format import digest_of_all
 from megatron_tw.data.scores import (
@@ -28,7 +28,6 @@ from megatron_tw.data.scores import (
     ScoreRows,
     ScoresHeader,
     nll_digest,
-    partial_folder,
     row_keys,
 )
 

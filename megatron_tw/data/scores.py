@@ -24,7 +24,15 @@ import numpy.typing as npt
 import torch
 
 from megatron_tw.config.options import flag
-from megatron_tw.data.files import check_index, check_sizes, header_json, index_size, load_int64, read_header
+from megatron_tw.data.files import (
+    check_index,
+    check_sizes,
+    header_json,
+    index_size,
+    load_int64,
+    partial_folder,
+    read_header,
+)
 from megatron_tw.data.rows import TokenRows, check_fingerprint
 from megatron_tw.data.rows_format import digest_of_all, row_digest
 
@@ -227,11 +235,6 @@ def nll_digest(nll_T: npt.NDArray[np.float32]) -> int:
     """The first 8 bytes of a hash of a row's NLLs, as a signed integer."""
     digest = hashlib.blake2b(nll_T.astype("<f4").tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
-
-
-def partial_folder(output: Path) -> Path:
-    """Where scores lie while they are being made."""
-    return output.absolute().parent / f"{output.absolute().name}.partial"
 
 
 def _unscored_row(scores: ScoreRows, rows: TokenRows) -> str | None:

@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from megatron_tw.evaluation.training import read_text
+
 SPLITS = ("train", "validation", "dev", "test")
 PATTERNS = (
     *("{name}/{split}-*", "{name}/{split}", "{name}/{split}/*", "data/{name}/{split}-*", "data/{name}/{split}"),
@@ -181,14 +183,11 @@ def _columns(table: Any) -> str:
 
 def _json_rows(file: Path) -> list[dict[str, Any]]:
     """The rows of a file that is a list of objects, or has one in each line."""
+    text = read_text("--eval-data", file)
     try:
-        text = file.read_text(encoding="utf-8")
         whole = text.lstrip().startswith("[")
         # Lines end at "\n" alone: others of Unicode's line ends may stand within a string.
         rows = json.loads(text) if whole else [json.loads(line) for line in text.split("\n") if line.strip()]
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise ValueError(f"--eval-data: {file}: expected UTF-8 text, got byte 0x{byte:02x}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"--eval-data: {file}: no JSON: {error}") from error
     for number, row in enumerate(rows, start=1):
