@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -140,6 +141,18 @@ def test_damage_names_the_file(tmp_path: Path, case: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         read(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def test_text_beyond_its_buffer_is_an_error(tmp_path: Path) -> None:
+    """Arrow itself follows the offset, and the process dies."""
+    file = dataset(tmp_path / "d", ["seventy"] * 40) / "data-00000-of-00001.arrow"
+    whole, offsets = file.read_bytes(), np.arange(0, 41 * 7, 7, dtype=np.int32)
+    right = offsets.tobytes()
+    assert whole.count(right) == 1
+    offsets[20] = 1 << 30
+    file.write_bytes(whole.replace(right, offsets.tobytes()))
+    with pytest.raises(ValueError, match=r"\.arrow: not a readable arrow file: .*column 0"):
+        read(file)
 
 
 def test_a_stream_that_ends_between_two_messages_is_truncated(tmp_path: Path) -> None:

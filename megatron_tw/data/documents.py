@@ -320,6 +320,7 @@ def _open_arrow(file: Path) -> Iterator[tuple[list[str], Batches]]:
             position = 0
             for whole in stream:
                 before, position = position, raw.tell()
+                whole.select(columns).validate(full=True)  # else wrong offsets are followed, outside the memory too
                 for start in range(0, len(whole), TABLE_BATCH_ROWS):
                     batch = whole.select(columns).slice(start, TABLE_BATCH_ROWS)
                     yield batch, (position - before) * len(batch) // len(whole)
