@@ -31,7 +31,7 @@ from megatron_tw.planning.limits import NOT_SIMULATED
 from megatron_tw.planning.picture import memory_picture
 from megatron_tw.planning.plan import Plan
 from megatron_tw.planning.record import Collective
-from megatron_tw.planning.roofline import Cluster, collective_seconds, members_in_node
+from megatron_tw.planning.roofline import Cluster, collective_seconds, members_in_node, phase_times
 from megatron_tw.planning.run import Planned, layout_options, make_plan
 from megatron_tw.planning.search import best_of_each, candidates, estimated_seconds, gather_choices
 from megatron_tw.planning.shapes import SHAPES, named_architecture
@@ -391,6 +391,11 @@ def test_a_live_scorer_counts_with_its_own_shape() -> None:
         assert flops_of_a_rank(whole)["scoring"][kind] == pytest.approx(
             whole.windows_of_a_rank / same.windows_of_a_rank * flops_of_a_rank(same)["scoring"][kind], rel=0.01
         )
+    cluster = Cluster.of(PlanOptions(world_size=8), transformer_engine=False)
+    for of, waits in ((whole, False), (half, True)):  # a scorer that is whole on one stage waits for no other
+        times = phase_times(flops_of_a_rank(of), collectives_of(of), {}, sizes=of, cluster=cluster)
+        assert (times["scoring"].bubble > 0) == waits
+        assert times["forward"].bubble > 0
 
 
 def test_calibration_knows_the_scorer_of_the_measured_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

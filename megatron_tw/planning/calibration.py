@@ -39,11 +39,8 @@ def calibrated(cluster: Cluster, file: str, *, transformer_engine: bool) -> Clus
         flops_of_a_rank(sizes),
         collectives_of(sizes),
         elementwise_bytes(sizes, transformer_engine=transformer_engine),
-        parallel=config.parallel,
+        sizes=sizes,
         cluster=of_run,
-        microbatches=sizes.microbatches,
-        scoring_microbatches=sizes.scoring_microbatches,
-        chunks=sizes.chunks,
     )
     rest = sum(time.total for phase, time in times.items() if phase != "scoring")
     measured = steps[FIRST_STEPS:] or steps

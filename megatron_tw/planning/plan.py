@@ -150,11 +150,8 @@ def rank_times(sizes: Sizes, cluster: Cluster, simulation: Simulation) -> dict[s
         simulation.flops,
         simulation.collectives,
         elementwise_bytes(sizes, transformer_engine=takes_transformer_engine(sizes.config)),
-        parallel=sizes.config.parallel,
+        sizes=sizes,
         cluster=cluster,
-        microbatches=sizes.microbatches,
-        scoring_microbatches=sizes.scoring_microbatches,
-        chunks=sizes.chunks,
     )
 
 

@@ -18,6 +18,7 @@ from megatron_tw.config import ParallelConfig
 from megatron_tw.config.plan import PlanOptions
 from megatron_tw.parallel.gpus import GPUS, Gpu
 from megatron_tw.planning.record import Collective
+from megatron_tw.planning.sizes import Sizes
 
 CALL_SECONDS = 10e-6
 """Until a collective's kernels run: an assumption."""
@@ -131,19 +132,22 @@ def phase_times(
     collectives: Iterable[Collective],
     memory_bytes: dict[str, float],
     *,
-    parallel: ParallelConfig,
+    sizes: Sizes,
     cluster: Cluster,
-    microbatches: int,
-    scoring_microbatches: int,
-    chunks: int,
 ) -> dict[str, PhaseTime]:
     """Seconds by phase of one rank's step.
 
-    flops, collectives: as in Simulation. memory_bytes: that elementwise work reads and writes, by phase. microbatches:
-    of the step; scoring_microbatches: of its scoring pass. chunks: of layers a rank holds (interleaved pipeline).
+    flops, collectives: as in Simulation. memory_bytes: that elementwise work reads and writes, by phase.
     """
     collectives, gpu, times = list(collectives), cluster.gpu, {}
-    for phase in ("scoring", "forward", "backward", "optimizer"):
+    stages, microbatches = sizes.config.parallel.pipeline_model_parallel_size, sizes.microbatches
+    pipelines = {  # of stages, the micro-batches that pass them
+        "scoring": (sizes.scoring_stages, sizes.scoring_microbatches),
+        "forward": (stages, microbatches),
+        "backward": (stages, microbatches),
+        "optimizer": (1, 1),
+    }
+    for phase, (phase_stages, passes) in pipelines.items():
         work = flops.get(phase, {})
         computing = PhaseTime(
             gemm=work.get("gemm", 0.0) / gpu.gemm_flops,
@@ -154,7 +158,7 @@ def phase_times(
         for collective in collectives:
             if collective.phase != phase or collective.operation == "recv":
                 continue  # a message is sent once
-            seconds = collective_seconds(collective, parallel, cluster)
+            seconds = collective_seconds(collective, sizes.config.parallel, cluster)
             if not collective.overlapped:
                 waited += seconds
             elif collective.group in ("DP", "DP x CP"):  # beside the last or the first micro-batch
@@ -163,10 +167,7 @@ def phase_times(
                 hidden += seconds
         waited += max(0.0, hidden - computing.gemm)
         time = replace(computing, communication=waited)
-        stages, of_phase = parallel.pipeline_model_parallel_size, microbatches
-        if phase == "scoring":
-            of_phase = scoring_microbatches
-        if phase != "optimizer" and stages > 1:
-            time = replace(time, bubble=time.total * (stages - 1) / (max(1, of_phase) * chunks))
+        if phase_stages > 1:
+            time = replace(time, bubble=time.total * (phase_stages - 1) / (max(1, passes) * sizes.chunks))
         times[phase] = time * (cluster.scoring_scale if phase == "scoring" else cluster.step_scale)
     return times

@@ -97,11 +97,8 @@ def estimated_seconds(sizes: Sizes, cluster: Cluster) -> float:
         flops_of_a_rank(sizes),
         collectives_of(sizes),
         elementwise_bytes(sizes, transformer_engine=takes_transformer_engine(sizes.config)),
-        parallel=sizes.config.parallel,
+        sizes=sizes,
         cluster=cluster,
-        microbatches=sizes.microbatches,
-        scoring_microbatches=sizes.scoring_microbatches,
-        chunks=sizes.chunks,
     )
     return sum(time.total for time in times.values())
 

@@ -108,12 +108,15 @@ class Sizes:
         return self if self.scoring is None else replace(self, architecture=self.scoring.architecture)
 
     @property
+    def scoring_stages(self) -> int:
+        """Pipeline stages that the scorer lies over."""
+        pipelined = self.scoring is not None and self.scoring.pipelined
+        return self.config.parallel.pipeline_model_parallel_size if pipelined else 1
+
+    @property
     def scoring_layers(self) -> float:
         """Of a rank that scores: all of a scorer that lies on the last stage alone, else those of a stage."""
-        if self.scoring is None:
-            return 0.0
-        stages = self.config.parallel.pipeline_model_parallel_size if self.scoring.pipelined else 1
-        return self.scoring.architecture.num_layers / stages
+        return 0.0 if self.scoring is None else self.scoring.architecture.num_layers / self.scoring_stages
 
     @property
     def windows_of_a_rank(self) -> int:
