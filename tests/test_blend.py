@@ -20,7 +20,8 @@ from megatron_tw.config import CheckpointConfig, DataConfig, RunConfig, ScorerCo
 from megatron_tw.config import blend as options_module
 from megatron_tw.data import blend as blend_module
 from megatron_tw.data.blend import Blend, BlendOrder, place, taken
-from megatron_tw.data.loader import Loader, RowOrder
+from megatron_tw.data.loader import Loader
+from megatron_tw.data.order import RowOrder
 from megatron_tw.data.rows import TokenRows
 
 SIZES = (5, 3, 9)

@@ -14,7 +14,8 @@ import torch
 from tiny import edit_header
 
 from megatron_tw.data import loader as loader_module
-from megatron_tw.data.loader import Loader, RowOrder, epoch_permutation
+from megatron_tw.data.loader import Loader
+from megatron_tw.data.order import RowOrder, epoch_permutation
 from megatron_tw.data.prepare import prepare_rows
 from megatron_tw.data.rows import TokenRows, check_rows
 from megatron_tw.data.verify import verify_folder

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_tw.data.loader import RowOrder
+from megatron_tw.data.order import RowOrder
 from megatron_tw.data.rows import Row, TokenRows
 from megatron_tw.data.rows_format import RowsHeader
 

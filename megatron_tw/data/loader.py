@@ -13,64 +13,14 @@ Shapes: B rows of a micro-batch, N tokens of a row.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from megatron_tw.data.blend import Blend, BlendOrder
+from megatron_tw.data.order import RowOrder
 from megatron_tw.data.rows import TokenRows
-
-if TYPE_CHECKING:
-    from megatron_tw.data.blend import Blend, BlendOrder
-
-
-class RowOrder:
-    """Which row each sample is. Epoch e is samples e*num_rows .. (e+1)*num_rows - 1 and takes every row once.
-
-    Args:
-        num_rows: rows of the dataset.
-        seed: of the shuffle, >= 0.
-        shuffle: False: input order in every epoch.
-        folder: number of the dataset among several.
-
-    Raises:
-        ValueError: negative seed.
-    """
-
-    def __init__(self, num_rows: int, *, seed: int, shuffle: bool, folder: int = 0) -> None:
-        assert num_rows > 0
-        if seed < 0:
-            raise ValueError(f"--seed {seed}: the data order needs a seed >= 0")
-        self.num_rows = num_rows
-        self.seed = seed
-        self.shuffle = shuffle
-        self._folder = folder
-        self._cached: tuple[int, npt.NDArray[np.int64]] | None = None
-
-    def __getitem__(self, sample: int) -> int:
-        """The row of a sample; samples are expected to come epoch after epoch (one epoch's permutation is kept)."""
-        epoch, position = divmod(sample, self.num_rows)
-        if not self.shuffle:
-            return position
-        if self._cached is None or self._cached[0] != epoch:
-            self._cached = epoch, epoch_permutation(self.num_rows, seed=self.seed, epoch=epoch, folder=self._folder)
-        return int(self._cached[1][position])
-
-    def identity(self) -> dict[str, Any]:
-        """What must be the same for a sample to be the same row, as plain values."""
-        return {"seed": self.seed, "shuffle": self.shuffle, "num_rows": self.num_rows}
-
-
-def epoch_permutation(num_rows: int, *, seed: int, epoch: int, folder: int = 0) -> npt.NDArray[np.int64]:
-    """The rows of an epoch in their order, int64 [num_rows]; each folder of several has its own.
-
-    Rows are sorted by random 64-bit keys. numpy promises that the raw numbers of a bit generator stay the same for ever
-    and everywhere, but not so for `Generator.permutation`; and a resumed run must find its order again.
-    """
-    entropy = [seed, epoch] if folder == 0 else [seed, epoch, folder]
-    keys = np.random.Philox(np.random.SeedSequence(entropy)).random_raw(num_rows)
-    return np.argsort(keys, kind="stable").astype(np.int64)
 
 
 def micro_batch_samples(first: int, micro_batch: int, *, dp_rank: int, dp_size: int, micro_batch_size: int) -> range:
@@ -100,7 +50,7 @@ class Batch:
     there, and its tokens without padding (0: padding alone); None: each row is one document."""
 
 
-def read_batch(rows: "TokenRows | Blend", index: Sequence[int]) -> Batch:
+def read_batch(rows: TokenRows | Blend, index: Sequence[int]) -> Batch:
     """These rows of a dataset, in this order."""
     read = [rows.read(row) for row in index]
     valid = [row.valid for row in read if row.valid is not None]
@@ -141,8 +91,8 @@ class Loader:
 
     def __init__(
         self,
-        rows: "TokenRows | Blend",
-        order: "RowOrder | BlendOrder",
+        rows: TokenRows | Blend,
+        order: RowOrder | BlendOrder,
         *,
         global_batch_size: int,
         micro_batch_size: int,
