@@ -6,12 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny import make_folder
+from torch.distributed.elastic.multiprocessing import api
 from torch.distributed.elastic.multiprocessing.api import MultiprocessContext, PContext, SignalException
 
 from megatron_tw.config import RunConfig, check_config, parse_options
@@ -172,6 +174,7 @@ def test_the_recipe_of_phi2_is_the_published_one() -> None:
 def test_ranks_have_time_after_a_signal_and_not_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[tuple[object, int]] = []
     monkeypatch.setattr(PContext, "close", lambda self, death_sig, timeout: given.append((death_sig, timeout)))
+    monkeypatch.setattr(api, "_terminate_process_handler", None)
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     launcher.leave_time_to_save()
     context = PContext.__new__(MultiprocessContext)
@@ -181,6 +184,63 @@ def test_ranks_have_time_after_a_signal_and_not_after_a_failure(monkeypatch: pyt
     except SignalException:
         context.close(signal.SIGTERM, 30)
     assert given == [(None, 30), (signal.SIGTERM, 600)]
+
+
+@pytest.mark.parametrize(
+    ("sent", "raising", "timeout"),
+    [
+        ([signal.SIGTERM, signal.SIGTERM, signal.SIGTERM], [True, False, False], 600),
+        ([signal.SIGINT, signal.SIGTERM], [True, False], 600),  # a script hands on what its terminal sent to both
+        ([signal.SIGINT, signal.SIGINT], [True, True], 1),
+        ([signal.SIGTERM, signal.SIGTERM, signal.SIGINT], [True, False, True], 1),
+    ],
+)
+def test_ranks_are_waited_for_however_often_a_signal_comes(
+    sent: list[signal.Signals], raising: list[bool], timeout: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[object, int]] = []
+    monkeypatch.setattr(PContext, "close", lambda self, death_sig, timeout: given.append((death_sig, timeout)))
+    monkeypatch.setattr(api, "_terminate_process_handler", None)
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    launcher.leave_time_to_save()
+    raised = []
+    for number in sent:
+        try:
+            api._terminate_process_handler(number, None)
+        except SignalException as error:
+            raised.append(error.sigval == number)
+            PContext.__new__(MultiprocessContext).close(number, 30)
+        else:
+            raised.append(False)
+    assert raised == raising
+    assert given[-1][1] == timeout
+
+
+SLOW_TO_SAVE = """
+import os, signal, sys, time
+asked = []
+signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+print("begun", flush=True)
+while not asked:
+    time.sleep(0.02)
+time.sleep(3)
+print("saved", flush=True)
+"""
+
+
+@pytest.mark.full
+def test_a_rank_saves_while_its_launcher_is_sent_one_signal_after_the_other(tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text(SLOW_TO_SAVE)
+    command = [sys.executable, str(ROOT / "tools" / "launch.py"), "--standalone", str(tmp_path / "rank.py")]
+    env = environment(TORCH_ELASTIC_SHUTDOWN_TIMEOUT="60")
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        for _ in range(4):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+        assert process.communicate(timeout=TIMEOUT_SECONDS)[0] == "saved\n"
+    assert process.returncode == 128 + signal.SIGTERM
 
 
 def test_a_mistake_is_told_once_by_four_ranks(tmp_path: Path) -> None:
