@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -90,20 +91,31 @@ def test_ctrl_c_ends_preprocessing_and_its_workers(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"long.txt", "tokenizer", "log"}
 
 
+def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    children = psutil.process_iter(["ppid", "cmdline"])  # None of one that has just ended
+    return [
+        child
+        for child in children
+        if child.info["ppid"] == process.pid and "spawn_main" in " ".join(child.info["cmdline"] or [])
+    ]
+
+
+def test_workers_end_with_a_preprocessing_that_is_killed(tmp_path):
+    log = tmp_path / "log"
+    with tool("preprocess_data", long_preprocessing(tmp_path), log) as process:
+        wait_for(lambda: workers_of(process), log)
+        workers = workers_of(process)
+        time.sleep(1)  # they import what they need
+        process.kill()
+        process.wait()
+        assert psutil.wait_procs(workers, timeout=60)[1] == []
+
+
 def test_a_worker_that_is_killed_is_told(tmp_path):
     log = tmp_path / "log"
-
-    def workers() -> list[psutil.Process]:
-        children = psutil.process_iter(["ppid", "cmdline"])  # None of one that has just ended
-        return [
-            child
-            for child in children
-            if child.info["ppid"] == process.pid and "spawn_main" in " ".join(child.info["cmdline"] or [])
-        ]
-
     with tool("preprocess_data", long_preprocessing(tmp_path), log) as process:
-        wait_for(workers, log)
-        workers()[0].kill()
+        wait_for(lambda: workers_of(process), log)
+        workers_of(process)[0].kill()
         assert process.wait(60) == 2, log.read_text()
     assert log.read_text() == "error: --workers 2: one of them was killed; fewer take less memory\n"
     assert {path.name for path in tmp_path.iterdir()} == {"long.txt", "tokenizer", "log"}

@@ -11,6 +11,7 @@ with (growing.py). Memory is bounded by the largest document, whatever there is 
 Shapes: R rows, N tokens of a row (`seq_length`).
 """
 
+import os
 import signal
 import threading
 import time
@@ -21,7 +22,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import TypeVar
 
@@ -292,6 +293,7 @@ _ENCODER: list[Encoder] = []
 
 def _begin_worker(encoder: Encoder) -> None:
     _end_at_ctrl_c()
+    _end_with_parent()
     _ENCODER.append(encoder)
 
 
@@ -324,6 +326,18 @@ def _end_at_ctrl_c() -> None:
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
+def _end_with_parent() -> None:
+    """In a worker, which would wait for work for ever: a parent that was killed says nothing. Seen in a thread."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
 def _map_in_order(
