@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_tw.runtime import lock as lock_module
 from megatron_tw.runtime.lock import LOCK_FILE, FolderLock, Holder
 
 BEAT, STALE = 0.05, 0.6
@@ -54,23 +55,32 @@ def dead_process() -> int:
 
 @pytest.mark.parametrize("how", ["gone", "number used again", "zombie"])
 def test_a_dead_run_of_this_machine_is_followed_at_once(how, tmp_path):
-    child = subprocess.Popen([sys.executable, "-c", ""])
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    ticks = lock_module._ticks_at_start(child.pid)
+    child.kill()
     if how == "gone":
         child.wait()
-        held_by(tmp_path, pid=child.pid)
+        held_by(tmp_path, pid=child.pid, ticks=ticks)
     elif how == "number used again":
-        held_by(tmp_path, started=time.time() - 1e6)
+        held_by(tmp_path, ticks=1)
     else:
-        started = psutil.Process(child.pid).create_time()
         while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.01)
-        held_by(tmp_path, pid=child.pid, started=started)
+        held_by(tmp_path, pid=child.pid, ticks=ticks)
     lock = FolderLock(tmp_path, WHAT, stale_seconds=1000)
     lock.acquire()
     assert token_in(tmp_path) == lock.holder.token
     lock.release()
     child.wait()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_live_run_is_known_whatever_the_clock_was_set_to(tmp_path, monkeypatch):
+    holder = held_by(tmp_path)
+    monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: 1e9)  # what wall-clock times of processes count from
+    with pytest.raises(ValueError, match="in use by another run"):
+        lock_of(tmp_path).acquire()
+    assert token_in(tmp_path) == holder.token
 
 
 @pytest.mark.parametrize("text", [None, "", '{"token": 1}'], ids=["whole", "empty", "damaged"])

@@ -31,7 +31,6 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import psutil
 import torch.distributed as dist
 
 from megatron_tw.parallel.agree import raise_together
@@ -41,8 +40,6 @@ LOCK_FILE = "run.lock"
 BEAT_SECONDS, STALE_SECONDS = 5.0, 45.0
 """Less than a minute, the shortest --distributed-timeout-minutes: the other ranks wait in a collective."""
 _SETTLE_SECONDS = 0.5
-_SAME_START_SECONDS = 5.0
-"""Two readings of when a process began may differ by this: they depend on the machine's clock."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +47,15 @@ class Holder:
     """Who holds a folder.
 
     machine: names the host since it was started, and the space of its process numbers (a container has its own); empty
-    where neither can be had. started: when the process began, in seconds since the epoch.
+    where neither can be had. ticks: when the process began, by the clock that counts from the machine's start, which
+    nobody sets.
     """
 
     token: str
     host: str
     machine: str
     pid: int
-    started: float
+    ticks: int
     since: str
 
     @staticmethod
@@ -68,7 +66,7 @@ class Holder:
             host=platform.node(),
             machine=_machine(),
             pid=os.getpid(),
-            started=psutil.Process().create_time(),
+            ticks=_ticks_at_start(os.getpid()) or 0,
             since=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
@@ -79,12 +77,8 @@ class Holder:
         """Whether the process lives; None for one of another machine."""
         if not self.machine or self.machine != _machine():
             return None
-        try:
-            process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.started) < _SAME_START_SECONDS
-            return same and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+        ticks = _ticks_at_start(self.pid)
+        return ticks is not None and ticks == self.ticks
 
 
 class FolderLock:
@@ -278,6 +272,15 @@ def _machine() -> str:
         return f"{platform.node()} {boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # not Linux
         return ""
+
+
+def _ticks_at_start(pid: int) -> int | None:
+    """When a process of this machine began, as Linux counts (proc_pid_stat(5)); None where it is dead or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()  # behind its name
+    except OSError:
+        return None
+    return None if fields[0] in ("Z", "X") else int(fields[19])
 
 
 def _end_process(text: str) -> None:
