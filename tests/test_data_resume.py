@@ -239,6 +239,18 @@ def test_input_that_changes_while_it_is_read_is_refused(how: str, tmp_path: Path
     assert not set(os.listdir(tmp_path)) - {"one.jsonl", "two.jsonl"}
 
 
+def test_all_files_are_on_disk_before_the_folder_has_its_name(
+    spm_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    monkeypatch.setattr(os, "fsync", lambda file: synced.add(os.fstat(file).st_ino))
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in TEXTS])
+    prepare_rows([source], tmp_path / "out", seq_length=32, tokenizer=spm_file)
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert len(files) > 5
+    assert {file.stat().st_ino for file in files} <= synced
+
+
 def test_wrong_input_leaves_nothing(spm_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare, "SAVE_SECONDS", 0.0)
     source = write_jsonl(tmp_path / "in.jsonl", [*({"text": text} for text in TEXTS), {"text": 3}])

@@ -33,6 +33,7 @@ from megatron_tw.data.files import (
     numpy_file,
     partial_folder,
     read_header,
+    sync,
     write_synced,
 )
 from megatron_tw.data.rows_format import HEADER_FILE
@@ -174,6 +175,9 @@ def growing_folder(output: Path, plan: Plan) -> Iterator[GrowingFolder]:
         folder.rows.mkdir(exist_ok=True)
         try:
             yield folder
+            for file in folder.rows.rglob("*"):  # the name may be on the disk before what it names
+                if file.is_file():
+                    sync(file)
             folder.rows.rename(output)  # replaces an empty folder, and nothing else
         except BaseException as error:
             if isinstance(error, ValueError) or not (partial / PROGRESS).is_file():
