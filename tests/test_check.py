@@ -109,6 +109,12 @@ def test_each_file_has_a_line_of_its_own(ranks, reference_data, tmp_path):
     config = options(AXES, reference_data, weighting=DENSE, scorer=scorer, checkpoint=save)
     assert [line.ok for line in pool.run(checked, config)[0]] == [True] * len(PARTS)
 
+    other_order = replace(config, train=replace(train, seed=99))
+    (lines, other) = pool.run(checked, other_order)
+    assert lines == other
+    told = "--load: the run's data cannot be continued: seed was 1234 and is now 99 (--seed)"
+    assert failed(lines) == {"data": told}
+
     flip(scores / "scores.bin")
     (lines, other) = pool.run(checked, config)
     assert lines == other

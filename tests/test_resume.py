@@ -176,6 +176,12 @@ def test_other_ways_to_save_and_load_resume_exactly(given, axes, ranks, referenc
         assert resumed[key].tolist() == whole[key].tolist(), key
 
 
+def opened(config: RunConfig) -> None:
+    """On a rank: what a run does before anything is allocated."""
+    prepare_device()
+    open_inputs(config)
+
+
 def test_state_saved_as_its_ranks_held_it_is_for_them_alone(straight, ranks, reference_data, tmp_path):
     """Other data-parallel ranks can read it, other tensor-parallel ones and other buckets cannot; weights can be."""
     save = tmp_path / "run"
@@ -186,6 +192,8 @@ def test_state_saved_as_its_ranks_held_it_is_for_them_alone(straight, ranks, ref
         return replace(run, checkpoint=replace(run.checkpoint, save_hf=None, **AS_HELD))
 
     ranks(2).run(run_all, [config(Axes(dp=2), stop=STOP)])
+    with pytest.raises(ValueError, match=r"^--load .*: its optimizer state was saved for the same layout"):
+        ranks(2).run(opened, config(Axes(tp=2)))  # before a model is built
     for axes, buckets, now in (
         (Axes(tp=2), overlap, "TP 2 x PP 1, buckets of 40000000 parameters"),
         (Axes(pp=2, vpp_layers=1), overlap, "TP 1 x PP 2 x 2 chunks, buckets of 40000000 parameters"),

@@ -11,7 +11,7 @@ never changes the rows of a step.
 Shapes: B rows of a micro-batch, N tokens of a row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,32 +140,43 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the data stands (`consumed_samples`), and what it must be for that number to mean the same."""
-        return {"consumed_samples": self.consumed_samples, **self._identity()}
+        return {"consumed_samples": self.consumed_samples, **_identity(self.rows, self.order)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues after the saved samples, under any layout and global batch size.
 
         Raises:
-            ValueError: another dataset or another order; tells every difference.
+            ValueError: another dataset or another order (see `samples_of_state`).
         """
-        options = {
-            "seed": "--seed",
-            "shuffle": "--no-shuffle",
-            "num_rows": "--data-path",
-            "shares": "--data-path",
-            "data_fingerprint": "--data-path",
-        }
-        differences = [
-            f"{name} was {state.get(name)} and is now {value} ({options[name]})"
-            for name, value in self._identity().items()
-            if state.get(name) != value
-        ]
-        if differences:
-            raise ValueError("--load: the run's data cannot be continued: " + "; ".join(differences))
-        consumed = state.get("consumed_samples")
-        if not isinstance(consumed, int) or consumed < 0:
-            raise ValueError(f"--load: the run's data cannot be continued: consumed_samples: {consumed!r}")
-        self.consumed_samples = consumed
+        self.consumed_samples = samples_of_state(state, self.rows, self.order)
 
-    def _identity(self) -> dict[str, Any]:
-        return {**self.order.identity(), "data_fingerprint": self.rows.fingerprint}
+
+def samples_of_state(state: Mapping[str, Any], rows: TokenRows | Blend, order: RowOrder | BlendOrder) -> int:
+    """How many samples were consumed when a `Loader.state_dict` was saved, if they are still the same rows.
+
+    Raises:
+        ValueError: another dataset or another order; tells every difference.
+    """
+    options = {
+        "seed": "--seed",
+        "shuffle": "--no-shuffle",
+        "num_rows": "--data-path",
+        "shares": "--data-path",
+        "data_fingerprint": "--data-path",
+    }
+    differences = [
+        f"{name} was {state.get(name)} and is now {value} ({options[name]})"
+        for name, value in _identity(rows, order).items()
+        if state.get(name) != value
+    ]
+    if differences:
+        raise ValueError("--load: the run's data cannot be continued: " + "; ".join(differences))
+    consumed = state.get("consumed_samples")
+    if not isinstance(consumed, int) or consumed < 0:
+        raise ValueError(f"--load: the run's data cannot be continued: consumed_samples: {consumed!r}")
+    return consumed
+
+
+def _identity(rows: TokenRows | Blend, order: RowOrder | BlendOrder) -> dict[str, Any]:
+    """What must be the same for a number of samples to mean the same rows, as plain values."""
+    return {**order.identity(), "data_fingerprint": rows.fingerprint}

@@ -53,6 +53,7 @@ from megatron_tw.runtime.run_folder import (
     OptimizerShards,
     RunState,
     SavedCheckpoint,
+    check_optimizer_shards,
     checkpoint_dir,
     complete_checkpoints,
     unfinished,
@@ -287,12 +288,7 @@ def load_checkpoint(
     cut = saved.optimizer_shards if optimizer is not None else None
     sharded = _model_state(chunks)
     if optimizer is not None:
-        if cut is not None and cut != optimizer_shards(chunks, optimizer):
-            raise ValueError(
-                f"--load {saved.directory}: its optimizer state was saved for the same layout alone "
-                f"(--no-dist-ckpt-optim-fully-reshardable), {cut.describe()}; this run has "
-                f"{optimizer_shards(chunks, optimizer).describe()}. --pretrained-checkpoint takes the weights alone"
-            )
+        check_optimizer_shards(saved, optimizer_shards(chunks, optimizer))
         metadata = dict(_FOR_ANY_LAYOUT if cut is None else _AS_RANKS_HOLD_IT)
         sharded["optimizer"] = optimizer.sharded_state_dict(_model_state(chunks), is_loading=True, metadata=metadata)
     if scorer is not None and saved.scorer_state:

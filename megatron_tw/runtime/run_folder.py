@@ -120,6 +120,21 @@ def find_checkpoint(folder: str | Path, option: str = "--load") -> SavedCheckpoi
     return _read_checkpoint(checkpoint_dir(folder, int(text)))
 
 
+def check_optimizer_shards(saved: SavedCheckpoint, own: OptimizerShards) -> None:
+    """Refuse optimizer state that other ranks cut otherwise than this run's, which is `own`.
+
+    Raises:
+        ValueError: tells both, and the option that takes the weights alone.
+    """
+    cut = saved.optimizer_shards
+    if cut is not None and cut != own:
+        raise ValueError(
+            f"--load {saved.directory}: its optimizer state was saved for the same layout alone "
+            f"(--no-dist-ckpt-optim-fully-reshardable), {cut.describe()}; this run has {own.describe()}. "
+            "--pretrained-checkpoint takes the weights alone"
+        )
+
+
 def unfinished(path: Path) -> Path:
     """Where the next content of a small file lies until it takes its place."""
     return path.with_name(path.name + ".partial")

@@ -7,8 +7,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_tw.config import RunConfig, check_config, check_own_windows, check_packed, data_parallel_size
+from megatron_tw.config import (
+    RunConfig,
+    check_config,
+    check_own_windows,
+    check_packed,
+    data_parallel_size,
+    virtual_pipeline_size,
+)
 from megatron_tw.data.blend import Blend
+from megatron_tw.data.loader import samples_of_state
 from megatron_tw.data.rows import TokenRows
 from megatron_tw.data.rows_format import TOKENIZER_DIR
 from megatron_tw.evaluation.ruler.scoring import Work
@@ -17,7 +25,7 @@ from megatron_tw.parallel.devices import prepare_device
 from megatron_tw.runtime.opening import check_attention, check_vocabulary, read_rows
 from megatron_tw.runtime.optimizer import optimizer_fields
 from megatron_tw.runtime.outputs import checkpoint_bytes
-from megatron_tw.runtime.run_folder import check_save_target, find_checkpoint
+from megatron_tw.runtime.run_folder import check_optimizer_shards, check_save_target, find_checkpoint
 from megatron_tw.runtime.source import ModelSource, open_source, row_bos_id
 from megatron_tw.runtime.wandb_run import check_wandb
 from megatron_tw.training.ruler import open_ruler
@@ -95,15 +103,27 @@ def open_model_source(config: RunConfig) -> ModelSource:
         verify=config.checkpoint.verify_checkpoint,
     )
     check_attention(config.compute, source, prepare_device(), config.data.seq_length)
+    if source.saved is not None and source.saved.optimizer_shards is not None:
+        parallel = config.parallel
+        layout = replace(  # buckets are known when they are made
+            source.saved.optimizer_shards,
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            model_chunks=virtual_pipeline_size(parallel, source.architecture.num_layers) or 1,
+        )
+        check_optimizer_shards(source.saved, layout)
     return source
 
 
 def open_data(config: RunConfig, source: ModelSource | None) -> tuple[Blend, TokenRows | None]:
-    """The rows of --data-path and --valid-data-path. source: None where the model is not known, with whose vocabulary
-    and length they are compared."""
+    """The rows of --data-path and --valid-data-path; with --load they are those that its run has gone through so far.
+    source: None where the model is not known, with whose vocabulary and length they are compared."""
     length = config.data.seq_length
     folders = [read_rows("--data-path", folder, source, length) for folder in config.data.folders]
     rows = Blend(folders, config.data.weights)
+    if source is not None and source.saved is not None and not source.saved.weights_only:
+        order = rows.order(seed=config.train.seed, shuffle=config.data.shuffle)
+        samples_of_state(source.saved.state.loader, rows, order)
     valid_rows = None
     if config.data.valid_data_path is not None:
         valid_rows = read_rows("--valid-data-path", config.data.valid_data_path, source, length)
