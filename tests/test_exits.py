@@ -2,7 +2,10 @@
 
 import os
 import signal
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,9 @@ from tiny import Axes, layout_of, release
 
 from megatron_tw.config import CheckpointConfig, RunConfig, TrainConfig
 from megatron_tw.parallel.devices import Device, prepare_device
+from megatron_tw.runtime import exits as exits_module
 from megatron_tw.runtime.exits import Exits
+from megatron_tw.training import loop
 from megatron_tw.training.inputs import open_inputs
 from megatron_tw.training.loop import Run
 
@@ -35,9 +40,26 @@ def run_with_signal(config: RunConfig) -> None:
         release(run.step.model)
 
 
+def run_after_a_long_start(config: RunConfig) -> None:
+    """On a rank: a run whose loading takes a minute on rank 1, and on no other."""
+    start, loaded = Run.start, []
+
+    def start_late(*arguments: Any) -> Run:
+        run = start(*arguments)
+        loaded.append(True)
+        return run
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 60 * dist.get_rank() * len(loaded))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "start", start_late)
+        for module in (loop, exits_module):
+            patch.setattr(module, "time", clock)
+        run_all([config])
+
+
 def reasons_when_time_is_over(config: TrainConfig) -> list[str | None]:
     """On a rank: the reasons to stop before and after rank 1, and no other, finds that a minute is over."""
-    with Exits(config, prepare_device()) as exits:
+    with Exits(config, prepare_device(), time.monotonic()) as exits:
         before = exits.reason(1)
         if dist.get_rank() == 1:
             exits._started -= 60
@@ -71,10 +93,21 @@ def test_when_time_is_over_all_ranks_stop(ranks):
     assert ranks(2).run(reasons_when_time_is_over, config) == 2 * [[None, "--exit-duration-in-mins 1"]]
 
 
+def test_the_time_of_loading_counts(ranks, reference_data, tmp_path):
+    config = options(
+        AXES,
+        reference_data,
+        train=TrainConfig(train_iters=5, global_batch_size=2, exit_duration_in_mins=1),
+        checkpoint=CheckpointConfig(save=str(tmp_path / "run")),
+    )
+    ranks(AXES.world_size).run(run_after_a_long_start, config)
+    assert metrics_of(tmp_path / "run")["iteration"].tolist() == [1]
+
+
 @pytest.mark.parametrize("handled", [True, False])
 def test_the_signal_means_what_it_did_once_the_run_is_over(handled):
     before = signal.getsignal(signal.SIGTERM)
     device = Device("cpu", "gloo", torch.device("cpu"))
-    with Exits(TrainConfig(train_iters=5, exit_signal_handler=handled), device):
+    with Exits(TrainConfig(train_iters=5, exit_signal_handler=handled), device, time.monotonic()):
         assert (signal.getsignal(signal.SIGTERM) == before) != handled
     assert signal.getsignal(signal.SIGTERM) == before

@@ -252,7 +252,7 @@ class TrainConfig:
     exit_interval: int | None = None
     """Stop, with a checkpoint, after an iteration that this divides."""
     exit_duration_in_mins: int | None = None
-    """Stop, with a checkpoint, after the step in which so many minutes of training are over."""
+    """Stop, with a checkpoint, after the step in which so many minutes are over since the start, loading included."""
     exit_signal_handler: bool = False
     """On SIGTERM, finish the step and stop, with a checkpoint."""
     check: bool = False

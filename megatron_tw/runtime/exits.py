@@ -23,12 +23,15 @@ _ENDING = b"\nCtrl-C: the run ends after this step, with a checkpoint if it has 
 
 class Exits:
     """The reasons for which a run ends early. A context manager: inside, Ctrl-C (SIGINT) is caught, and SIGTERM if the
-    options say so. A second Ctrl-C ends the process at once."""
+    options say so. A second Ctrl-C ends the process at once.
 
-    def __init__(self, config: TrainConfig, device: Device) -> None:
+    started: when the time of --exit-duration-in-mins began, by time.monotonic.
+    """
+
+    def __init__(self, config: TrainConfig, device: Device, started: float) -> None:
         self._config = config
         self._device = device
-        self._started = time.monotonic()
+        self._started = started
         self._signalled = 0
         self._previous: dict[int, Any] = {}
 

@@ -1,7 +1,8 @@
 """A training run from its options to its last checkpoint."""
 
 import tempfile
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,15 @@ def train(config: RunConfig) -> "Run":
     Raises:
         ValueError: bad options or files, named; before anything is allocated.
     """
+    begun = time.monotonic()
     if config.kernels.deterministic_mode:
         be_deterministic()
     device = join_world(config.parallel)
     with watched(config.faults.hang_timeout_in_mins):
-        return _train(config, device)
+        return _train(config, device, begun)
 
 
-def _train(config: RunConfig, device: Device) -> "Run":
+def _train(config: RunConfig, device: Device, begun: float) -> "Run":
     inputs = open_inputs(config)
     dtype = torch.bfloat16 if config.compute.bf16 else torch.float32
     architecture = inputs.source.architecture
@@ -73,7 +75,7 @@ def _train(config: RunConfig, device: Device) -> "Run":
             inputs = open_inputs(config)
         wandb_run = _open_wandb(config)
         run = Run.start(config, inputs, open_layout(config.parallel, inputs.source), device)
-        run.lock, run.export_lock, run.wandb = lock, export_lock, wandb_run
+        run.lock, run.export_lock, run.wandb, run.begun = lock, export_lock, wandb_run, begun
         run.train()
     return run
 
@@ -96,7 +98,7 @@ class Run:
 
     lock, export_lock: rank 0's, of --save and --save-hf; None on the others, and where nobody else can write there.
     wandb: rank 0's run in W&B, with --wandb-project. interrupted: whether Ctrl-C ended it. kept: the checkpoint that
-    holds the weights as they are now, if there is one.
+    holds the weights as they are now, if there is one. begun: when the program did, by time.monotonic.
     """
 
     config: RunConfig
@@ -112,6 +114,7 @@ class Run:
     wandb: Any = None
     interrupted: bool = False
     kept: Path | None = None
+    begun: float = field(default_factory=time.monotonic)
 
     @staticmethod
     def start(config: RunConfig, inputs: Inputs, layout: Layout, device: Device) -> "Run":
@@ -196,7 +199,7 @@ class Run:
         profiler = StepProfiler(config.logging, config.checkpoint.save, self.layout.rank)
         log = self._open_log()
         try:
-            with Exits(config.train, self.step.device) as exits, self._saver(log) as saver:
+            with Exits(config.train, self.step.device, self.begun) as exits, self._saver(log) as saver:
                 while self.iteration < last:
                     now_at(f"step {self.iteration + 1}")
                     with clock.part("checkpoint"):
