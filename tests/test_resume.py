@@ -328,6 +328,18 @@ def test_gradients_that_are_not_finite_end_the_run_before_it_is_saved(ranks, ref
     assert metrics_of(save)["iteration"].tolist() == [1]
 
 
+def test_a_run_beyond_its_last_step_is_exported(straight, ranks, reference_data, tmp_path):
+    """--train-iters is less than what the checkpoint has seen: no step is left, the export still is."""
+    config = run_of(Axes(), reference_data, straight)
+    checkpoint = CheckpointConfig(load=str(straight), save_hf=str(tmp_path / "hf"))
+    train = replace(config.train, train_iters=STEPS - 1)
+    ranks(1).run(run_all, [replace(config, train=train, checkpoint=checkpoint)])
+    expected = read_tensors(Path(f"{straight}-hf"))
+    found = read_tensors(tmp_path / "hf")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize(("kept", "named", "expected"), [(32, 64, 32), (None, 64, 64), (None, None, 256)])
 def test_whose_the_old_context_is(kept, named, expected):
     """Of a run that did not keep it: what --load-hf names, else the checkpoint, which names the new one."""

@@ -249,7 +249,7 @@ class Run:
             profiler.close(self.iteration)
             if log is not None:
                 log.close()
-        if config.checkpoint.save_hf is not None and self.iteration == last:
+        if config.checkpoint.save_hf is not None and self.iteration >= last:
             now_at("the export")
             self._export(config.checkpoint.save_hf)
 
