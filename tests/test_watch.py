@@ -3,12 +3,14 @@
 import gzip
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from test_training import DENSE, options, reference_data
@@ -184,6 +186,22 @@ def test_weights_and_biases_offline(reference_data, tmp_path):
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: --wandb-project extension: ")
     assert len(refused.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("mode", "sent"), [("offline", [1, 2, 3]), ("online", [3])])
+def test_an_offline_run_of_weights_and_biases_gets_the_steps_before_again(mode, sent, tmp_path):
+    """`wandb sync` puts its file in the place of that of the run before."""
+    numbers = {"weighted_loss": 1.0, "lm_loss": 2.0, "grad_norm": None, "tokens_per_second": 4.0, "learning_rate": 5.0}
+    lines = [json.dumps({"iteration": step, **numbers}) + "\n" for step in range(1, 5)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    logged: list[dict] = []
+    run = SimpleNamespace(settings=SimpleNamespace(mode=mode), log=logged.append, finish=lambda exit_code: None)
+    log = MetricsLog(tmp_path, None, start_iteration=2, train_iters=4, log_interval=10, wandb=run)
+    log.write({"iteration": 3, **numbers, "grad_norm": math.nan})
+    log.close()
+    assert [step["iteration"] for step in logged] == sent
+    assert all(step == logged[0] | {"iteration": step["iteration"]} for step in logged)
+    assert logged[0].keys() == {"iteration", *numbers} - {"grad_norm"}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="the package is here")

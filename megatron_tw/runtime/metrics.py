@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_tw.data.progress import bar_options
+from megatron_tw.runtime.wandb_run import is_offline
 
 STEPS_OF_PACE = 20
 """Over which the remaining time is told."""
@@ -24,7 +25,8 @@ class MetricsLog:
     instead.
 
     Made on rank 0 only. Resuming at step `start_iteration` cuts the file back to the steps before it, so that a step
-    that is done again stands there once.
+    that is done again stands there once. An offline run of W&B gets those before again: `wandb sync` puts its
+    file in the place of what the run has sent so far.
     """
 
     def __init__(
@@ -51,6 +53,9 @@ class MetricsLog:
             partial.write_text("".join(kept))
             partial.replace(path)
             self._file = path.open("a", buffering=1)
+            if wandb is not None and is_offline(wandb):
+                for line in kept:
+                    self._send(json.loads(line))
         if tensorboard_dir is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -65,12 +70,11 @@ class MetricsLog:
         if self._file is not None:
             self._file.write(json.dumps(_numbers_or_null(metrics), allow_nan=False) + "\n")
         step, valid = metrics["iteration"], metrics.get("valid_lm_loss")
-        numbers = {tag: value for tag, value in scalars(metrics).items() if tag != "iteration" and math.isfinite(value)}
         if self._tensorboard is not None:
-            for tag, value in numbers.items():
+            for tag, value in _finite(metrics).items():
                 self._tensorboard.add_scalar(tag, value, step)
         if self._wandb is not None:
-            self._wandb.log({"iteration": step, **numbers})
+            self._send(metrics)
         self._written.append(time.monotonic())
         pace = (self._written[-1] - self._written[0]) / (len(self._written) - 1)
         figures = figures_of(metrics)
@@ -81,6 +85,10 @@ class MetricsLog:
         if self._bar.disable and (step % self._log_interval == 0 or step == self._train_iters):
             left = tqdm.format_interval(pace * (self._train_iters - step))
             self.say(f"step {step}/{self._train_iters}: {figures}, lr {metrics['learning_rate']:.3g}, {left} left")
+
+    def _send(self, metrics: dict[str, Any]) -> None:
+        """A step to W&B."""
+        self._wandb.log({"iteration": metrics["iteration"], **_finite(metrics)})
 
     def say(self, text: str) -> None:
         """Print a line without tearing the bar."""
@@ -122,6 +130,11 @@ def scalars(metrics: dict[str, Any]) -> dict[str, float]:
                 if bucket[name] is not None:
                     found[f"{prefix}{name}_by_position/{bucket['first']}-{bucket['last']}"] = bucket[name]
     return found
+
+
+def _finite(metrics: dict[str, Any]) -> dict[str, float]:
+    """The finite numbers of a step by name, but for the number of the step."""
+    return {tag: value for tag, value in scalars(metrics).items() if tag != "iteration" and math.isfinite(value)}
 
 
 def _numbers_or_null(value: Any) -> Any:

@@ -42,11 +42,13 @@ def open_wandb(config: RunConfig) -> Any:
             entity=options.wandb_entity,
             name=options.wandb_exp_name,
             dir=folder,
-            id=known.read_text().strip() if known is not None and known.is_file() else None,
+            id=(known.read_text().strip() or None) if known is not None and known.is_file() else None,
             resume="allow",
             config=dataclasses.asdict(config),
             settings=wandb.Settings(console="off"),
         )
+        if known is not None:
+            known.write_text(run.id)
     except (wandb.errors.Error, OSError) as error:
         mode = os.environ.get("WANDB_MODE")
         raise ValueError(
@@ -54,6 +56,9 @@ def open_wandb(config: RunConfig) -> Any:
             + ("" if mode else "; with WANDB_MODE=offline in the environment nothing is sent")
         ) from error
     run.define_metric("*", step_metric="iteration")
-    if known is not None:
-        known.write_text(run.id)
     return run
+
+
+def is_offline(run: Any) -> bool:
+    """Whether what is sent to a run stays in files until `wandb sync`."""
+    return run.settings.mode in ("offline", "dryrun")  # the older word
