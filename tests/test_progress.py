@@ -61,6 +61,18 @@ def test_lines_come_now_and_then_and_tell_what_is_left(
     ]
 
 
+def test_what_was_done_before_took_no_time_of_this_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    with contextlib.suppress(ValueError), Progress("preparing", 100, "rows", show=True, begun=80) as progress:
+        clock[0] += 40
+        progress.update(10)
+        raise ValueError("cut off")
+    assert capsys.readouterr().err.splitlines() == ["preparing: 90 of 100 rows in 00:40, about 00:40 left"]
+
+
 def test_ranks_that_do_not_show_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("scoring", 1, "rows", show=False) as progress:
         progress.update()

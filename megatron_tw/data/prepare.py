@@ -174,7 +174,7 @@ def prepare_rows(
             cut = _tokenize(documents, loaded, seq_length, bos_id, workers, pack)
         total_bytes = sum(file.stat().st_size for file in files)
         tokens_per_row = seq_length if ready_ids else seq_length - 1
-        with Progress("preparing rows", total_bytes, "B", show=progress, scale=True) as bar:
+        with Progress("preparing rows", total_bytes, "B", show=progress, scale=True, begun=begun.input_bytes) as bar:
             done = _write(cut, writer, bar, tokens_per_row, packer, begun, growing)
         check_unchanged(files, states)
         rows = writer.so_far.rows
@@ -385,7 +385,6 @@ def _write(
 ) -> Written:
     """Writes all rows behind those of `begun`, noting now and then how far they have come; returns that."""
     done, saved = begun, time.monotonic()
-    bar.update(begun.input_bytes)
     for document in cut:
         masked = document.targets is not None
         if done.masked not in (None, masked):

@@ -32,15 +32,18 @@ class Progress:
     """Work of `total` units. A context manager.
 
     what: the work, as "scoring". unit: of what it is counted in. show: whether this process is the one that shows it.
-    keep: whether the bar stays on the terminal when the work is done. scale: large counts with a prefix (12.3M).
+    keep: whether the bar stays on the terminal when the work is done. scale: large counts with a prefix (12.3M). begun:
+    units that were done before, by another process.
     """
 
-    def __init__(self, what: str, total: int, unit: str, *, show: bool, keep: bool = True, scale: bool = False) -> None:
+    def __init__(
+        self, what: str, total: int, unit: str, *, show: bool, keep: bool = True, scale: bool = False, begun: int = 0
+    ) -> None:
         options = bar_options() if show else {"disable": True}
-        self._bar = tqdm(desc=what, total=total, unit=unit, leave=keep, unit_scale=scale, **options)
+        self._bar = tqdm(desc=what, total=total, initial=begun, unit=unit, leave=keep, unit_scale=scale, **options)
         self._lines = show and self._bar.disable and keep
         self._what, self._unit, self._scale = what, unit, scale
-        self._total, self._done = total, 0
+        self._total, self._begun, self._done = total, begun, begun
         self._started = self._told = time.monotonic()
 
     def __enter__(self) -> "Progress":
@@ -68,8 +71,9 @@ class Progress:
         )
         seconds = time.monotonic() - self._started
         left = ""
-        if 0 < self._done < self._total:
-            left = f", about {tqdm.format_interval(seconds * (self._total - self._done) / self._done)} left"
+        if self._begun < self._done < self._total:
+            pace = seconds / (self._done - self._begun)
+            left = f", about {tqdm.format_interval(pace * (self._total - self._done))} left"
         print(
             f"{self._what}: {done} of {total} {self._unit} in {tqdm.format_interval(seconds)}{left}",
             file=sys.stderr,
