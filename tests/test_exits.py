@@ -40,6 +40,23 @@ def run_with_signal(config: RunConfig) -> None:
         release(run.step.model)
 
 
+def run_with_signal_while_saving(config: RunConfig) -> None:
+    """On a rank: a run in which rank 1, and no other, is sent SIGTERM while its first checkpoint is written."""
+    inputs = open_inputs(config)
+    with layout_of(AXES) as layout:
+        run = Run.start(config, inputs, layout, prepare_device())
+        begin = run.begin_checkpoint
+
+        def begin_and_send() -> Any:
+            if layout.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return begin()
+
+        run.begin_checkpoint = begin_and_send  # type: ignore[method-assign]
+        run.train()
+        release(run.step.model)
+
+
 def run_after_a_long_start(config: RunConfig) -> None:
     """On a rank: a run whose loading takes a minute on rank 1, and on no other."""
     start, loaded = Run.start, []
@@ -86,6 +103,19 @@ def test_a_signal_ends_the_run_after_the_step(ranks, reference_data, tmp_path):
     resumed, expected = metrics_of(stopped), metrics_of(straight)
     for key in METRICS:
         assert resumed[key].tolist() == expected[key].tolist(), key
+
+
+def test_a_signal_while_a_checkpoint_is_written_ends_the_run_with_it(ranks, reference_data, tmp_path):
+    save = tmp_path / "run"
+    config = options(
+        AXES,
+        reference_data,
+        train=TrainConfig(train_iters=5, global_batch_size=2, exit_signal_handler=True),
+        checkpoint=CheckpointConfig(save=str(save), save_interval=2),
+    )
+    ranks(AXES.world_size).run(run_with_signal_while_saving, config)
+    assert metrics_of(save)["iteration"].tolist() == [1, 2]
+    assert [path.name for path in save.glob("iter_*")] == ["iter_0000002"]
 
 
 def test_when_time_is_over_all_ranks_stop(ranks):

@@ -94,6 +94,11 @@ class MetricsLog:
         """Print a line without tearing the bar."""
         tqdm.write(text)
 
+    def flush(self) -> None:
+        """See that all steps so far are in the files (TensorBoard keeps some of the last two minutes to itself)."""
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+
     def close(self) -> None:
         """Flush everything; no further writes."""
         self._bar.close()
