@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
@@ -224,6 +225,19 @@ def test_a_blend_trains_as_one_folder_of_its_samples(ranks, world: Path, tmp_pat
     swapped = run_of(Axes(), world, tmp_path / "new", blend, scorer=cached("one", "three"))
     with pytest.raises(Exception, match=r"made from another dataset than .*three"):
         ranks(1).run(run_all, [swapped])
+
+
+def test_copies_and_held_out_rows_that_are_trained_on_are_told(ranks, world: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(world / "one", tmp_path / "copy")
+    config = run_of(Axes(), world, tmp_path / "run", ("three", "one", str(copy)))
+    data = replace(config.data, valid_data_path=str(world / "three"))
+    train = replace(config.train, train_iters=1, eval_interval=1)
+    (told,) = ranks(1).run(printed_by, replace(config, data=data, train=train))
+    three = world / "three"
+    assert [line for line in told.splitlines() if line.startswith("warning: --")] == [
+        f"warning: --data-path {copy}: holds the same rows as {world / 'one'}",
+        f"warning: --valid-data-path {three}: is trained on, it holds the rows of --data-path {three}",
+    ]
 
 
 def test_plans_take_blends(tmp_path: Path) -> None:

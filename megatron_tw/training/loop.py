@@ -311,7 +311,7 @@ class Run:
             padding = sum(packing.padding_tokens for packing in packings) / (rows * config.data.seq_length)
             documents = sum(packing.documents for packing in packings)
             lines.append(f"  packed: {documents} documents, {padding:.1%} of the tokens are padding")
-        lines += self._describe_folders()
+        lines += self._describe_folders() + self._warn_of_same_rows()
         schedule = config.weighting.weighting_schedule
         weighting = f"weighting {config.weighting.weighting}" if schedule is None else f"weighting {schedule}"
         if self.step.scorer is not None and settings.windows is not None:
@@ -343,6 +343,22 @@ class Run:
             lines.append(
                 f"  {float(share):.2%} of the samples from {part.path}: {planned}, {planned / len(part):.2f} times its "
                 f"{len(part)} rows{so_far}"
+            )
+        return lines
+
+    def _warn_of_same_rows(self) -> list[str]:
+        """What is hardly meant: folders that are copies of each other, and held-out rows that are trained on."""
+        parts, valid = self.inputs.rows.parts, self.inputs.valid_rows
+        first: dict[str, Path] = {}
+        lines = [
+            f"warning: --data-path {part.path}: holds the same rows as {first[part.fingerprint]}"
+            for part in parts
+            if first.setdefault(part.fingerprint, part.path) != part.path
+        ]
+        if valid is not None and valid.fingerprint in first:
+            same = first[valid.fingerprint]
+            lines.append(
+                f"warning: --valid-data-path {valid.path}: is trained on, it holds the rows of --data-path {same}"
             )
         return lines
 
