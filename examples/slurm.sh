@@ -4,8 +4,9 @@
 #   sbatch --job-name NAME examples/slurm.sh examples/extend_llama3_32k.sh --load-hf DIR --data-path DIR --save DIR
 #
 # They run one after the other (singleton). Each goes on where the one before was stopped, by its time limit or by a
-# node that died; one that finds the run at its end is over at once. Ten minutes before the time limit Slurm sends SIGTERM:
-# the run then ends after its step, with a checkpoint; both must fit into these ten minutes. The nodes share the storage;
+# node that died; one that finds the run at its end is over at once (and fails where --save-hf holds the export by then).
+# Ten minutes before the time limit Slurm sends SIGTERM: the run then ends after its step (and the held-out rows, where
+# they are due), with a checkpoint; all of it must fit into these ten minutes. The nodes share the storage;
 # for networks see docs/launch.md. NAME-JOB.log has what all ranks print, NAME-JOB.logs/ the same rank by rank.
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
