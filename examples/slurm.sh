@@ -18,6 +18,8 @@
 #SBATCH --signal=TERM@600
 #SBATCH --dependency=singleton
 #SBATCH --output=%x-%j.log
+# A job that Slurm puts back into the queue, for a node that failed, does not write over what it printed before.
+#SBATCH --open-mode=append
 set -euo pipefail
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0   # where nodes do not find each other: the interface they share
 export LOG_DIR="${LOG_DIR:-$SLURM_JOB_NAME-$SLURM_JOB_ID.logs}"

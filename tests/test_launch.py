@@ -396,4 +396,4 @@ def test_slurm_starts_one_task_a_node_with_logs(tmp_path: Path) -> None:
     ]
     given = [line.split()[1] for line in slurm.read_text().splitlines() if line.startswith("#SBATCH")]
     asked = {"--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=8", "--exclusive", "--mem=0"}
-    assert asked | {"--signal=TERM@600", "--dependency=singleton"} <= set(given)
+    assert asked | {"--signal=TERM@600", "--dependency=singleton", "--open-mode=append"} <= set(given)
