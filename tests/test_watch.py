@@ -188,14 +188,17 @@ def test_weights_and_biases_offline(reference_data, tmp_path):
     assert len(refused.stderr.splitlines()) == 1
 
 
-def test_steps_before_a_checkpoint_are_in_tensorboards_file_whatever_follows(tmp_path):
+def test_steps_before_a_checkpoint_are_on_disk_whatever_follows(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     numbers = {"weighted_loss": 1.0, "lm_loss": 2.0, "grad_norm": 3.0, "tokens_per_second": 4.0, "learning_rate": 5.0}
-    log = MetricsLog(None, tmp_path, start_iteration=0, train_iters=4, log_interval=10)
+    log = MetricsLog(tmp_path, tmp_path, start_iteration=0, train_iters=4, log_interval=10)
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
     for step in (1, 2):
         log.write({"iteration": step, **numbers})
     log.flush()
+    assert (tmp_path / "metrics.jsonl").stat().st_ino in synced
     events = EventAccumulator(str(tmp_path)).Reload()  # as it is when the run is killed now
     assert [event.step for event in events.Scalars("lm_loss")] == [1, 2]
     log.close()

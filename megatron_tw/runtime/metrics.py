@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import sys
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_tw.data.files import write_synced
 from megatron_tw.data.progress import bar_options
 from megatron_tw.runtime.wandb_run import is_offline
 
@@ -49,9 +51,7 @@ class MetricsLog:
             save.mkdir(parents=True, exist_ok=True)
             path = save / "metrics.jsonl"
             kept = _steps_before(path, start_iteration)
-            partial = path.with_name(path.name + ".partial")
-            partial.write_text("".join(kept))
-            partial.replace(path)
+            write_synced(path, "".join(kept).encode())
             self._file = path.open("a", buffering=1)
             if wandb is not None and is_offline(wandb):
                 for line in kept:
@@ -95,7 +95,10 @@ class MetricsLog:
         tqdm.write(text)
 
     def flush(self) -> None:
-        """See that all steps so far are in the files (TensorBoard keeps some of the last two minutes to itself)."""
+        """Wait until metrics.jsonl is on the disk, and TensorBoard has let go of its last two minutes: a run that goes
+        on from a checkpoint does not write the steps before it again."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
         if self._tensorboard is not None:
             self._tensorboard.flush()
 

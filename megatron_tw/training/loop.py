@@ -236,7 +236,7 @@ class Run:
                     if config.checkpoint.save is not None and (due or reason or self.iteration == last):
                         now_at(f"the checkpoint of step {self.iteration}")
                         if log is not None:
-                            log.flush()  # a run that goes on from there does not write these steps again
+                            log.flush()
                         with clock.part("checkpoint"):
                             saver.save(self.begin_checkpoint)
                         reason = reason or exits.reason(self.iteration)  # a signal that came while it was written
