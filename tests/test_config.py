@@ -228,6 +228,29 @@ def test_ctrl_c_and_faults_are_one_line_of_their_own(
     assert json.loads((tmp_path / "error.json").read_text())["message"] == "error: rank 3 hangs"
 
 
+@pytest.mark.parametrize(
+    ("restarts", "most", "nodes", "printed"),
+    [("0", "0", "1", False), ("3", "3", "1", False), ("0", "3", "1", True), ("0", "0", "2", True)],
+    ids=["one start", "the last start", "starts are left", "two nodes"],
+)
+def test_what_torchrun_may_not_summarize_is_printed_too(
+    restarts: str,
+    most: str,
+    nodes: str,
+    printed: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", most)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", nodes)
+    errors.tell("error: rank 1 is gone")
+    assert json.loads((tmp_path / "error.json").read_text())["message"] == "error: rank 1 is gone"
+    assert capsys.readouterr().err == ("error: rank 1 is gone\n" if printed else "")
+
+
 def test_help_shows_every_option_once_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         load_config(["--help"], prog="tools/train.py", description="Train.")

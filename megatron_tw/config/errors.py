@@ -95,14 +95,23 @@ def _raised_here(error: BaseException) -> bool:
 
 
 def tell(line: str) -> None:
-    """Print a line on stderr, or where torchrun makes its summary from."""
+    """Print a line on stderr, or where torchrun makes its summary from; or on both, where that may not come."""
     summary = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if summary:
         with suppress(OSError):
             message = {"message": line, "timestamp": str(int(time.time()))}
             Path(summary).write_text(json.dumps(message), encoding="utf-8")
-            return
+            if _is_summarized():
+                return
     print(line, file=sys.stderr, flush=True)
+
+
+def _is_summarized() -> bool:
+    """Whether torchrun is sure to end with its summary: not where it starts the ranks again, nor where it is one of
+    several nodes' launchers, which a scheduler ends with the first of them."""
+    names = "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "GROUP_WORLD_SIZE"
+    restarts, most, nodes = (int(os.environ.get(name, "0")) for name in names)
+    return restarts >= most and nodes <= 1
 
 
 def _os_error_in_words(error: OSError) -> str:
