@@ -130,6 +130,18 @@ def test_the_schedule_is_put_in_and_taken_out(kind, stand_in):
             "dataset.enable_in_batch_packing: can",
         ),
         (lambda config: setattr(config, "peft", "lora"), "peft: cannot go with"),
+        (
+            lambda config: setattr(config, "dist", SimpleNamespace(use_decentralized_pg=True)),
+            "dist.use_decentralized_pg:",
+        ),
+        (
+            lambda config: setattr(config.model, "dist_train", SimpleNamespace(use_dist_train=True)),
+            "model.dist_train.use_dist_train: cannot go with",
+        ),
+        (
+            lambda config: setattr(config.model, "gtp_weight_remat_size", 2),
+            "model.gtp_weight_remat_size: cannot go with",
+        ),
         (lambda config: setattr(config.model, "seq_length", 64), "^short_window: expected less than 64"),
     ],
 )

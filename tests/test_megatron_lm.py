@@ -95,7 +95,7 @@ def test_what_cannot_be_gone_with_is_refused_by_name(refusal):
     options = options_from(parse(*DENSE))
     assert options is not None
     check_arguments(arguments(), options)
-    value: Any = "full_iteration" if "cuda_graph_impl" in refusal.name else True
+    value: Any = "full_iteration" if "cuda_graph_impl" in refusal.name else 2
     with pytest.raises(ValueError, match=f"^{refusal.flag}: cannot go with --token-weighting"):
         check_arguments(arguments(**{refusal.name: value}), options)
 

@@ -38,6 +38,16 @@ def check_config(config: Any, options: TokenWeightingOptions) -> None:
             raise ValueError(
                 f"dataset.{name}: cannot go with token weighting, got {value}: packed rows have no fixed length"
             )
+    if getattr(getattr(config, "dist", None), "use_decentralized_pg", False):
+        raise ValueError(
+            "dist.use_decentralized_pg: expected False with token weighting, which asks Megatron-Core for its process "
+            "groups, got True"
+        )
+    if getattr(getattr(config.model, "dist_train", None), "use_dist_train", False):
+        raise ValueError(
+            "model.dist_train.use_dist_train: cannot go with token weighting, got True: its training loop takes a "
+            "schedule of its own"
+        )
     if getattr(config, "peft", None) is not None:
         raise ValueError("peft: cannot go with token weighting: it was not tried")
     with arguments_named():
