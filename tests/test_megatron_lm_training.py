@@ -152,6 +152,27 @@ def test_our_loss_with_equal_weights_is_stock(run):
     np.testing.assert_allclose(ours["weighted loss"], stock["lm loss"], rtol=1e-6)
 
 
+def test_a_scheme_without_windows(run):
+    """EXACT: no context is there to be beyond. The mean weight is 1 + alpha * the share of the tail."""
+    logs, _ = run(
+        "1rank", "--token-weighting exact --token-weighting-tau 64 --token-weighting-alpha 0.5 --train-iters 2"
+    )
+    targets = SEQ_LENGTH - 1
+    np.testing.assert_allclose(logs["weight mean"], 1 + 0.5 * (targets - 63) / targets, rtol=1e-6)
+    assert not [name for name in logs if "beyond" in name or "short" in name]
+
+
+def test_micro_batches_of_two_rows_with_evaluation(run, reference):
+    """As one row at a time; what evaluates goes past the weights, and leaves nothing behind."""
+    rows = RUN.replace("--micro-batch-size 1", "--micro-batch-size 2")
+    rows = rows.replace("--eval-iters 0 --eval-interval 1000", "--eval-iters 1 --eval-interval 2")
+    logs, _ = run("1rank", DENSE, base=rows)
+    expected = np.load(reference / "trajectory_dense_unfrozen.npz")
+    for ours, theirs in METRICS.items():
+        np.testing.assert_allclose(logs[ours], expected[theirs], rtol=RELATIVE, atol=1e-6, err_msg=ours)
+    assert len(logs["lm loss validation"]) >= 6
+
+
 def metadata_of(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint says of its tensors."""
     from torch.distributed.checkpoint import FileSystemReader
