@@ -143,6 +143,30 @@ def test_an_output_that_is_not_the_heads_is_seen_in_the_first_step(kind, message
     assert "forward" not in vars(model.lm_head)
 
 
+class TakesNoCount(transformers.LlamaForCausalLM):
+    """Like many models that come with their own code: no **kwargs, so no count of targets from the Trainer."""
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, labels: Any = None, use_cache: Any = None) -> Any:
+        return super().forward(input_ids, attention_mask=attention_mask, labels=labels, use_cache=use_cache)
+
+
+def test_models_that_take_no_count_accumulate_alike(tmp_path):
+    logs = []
+    for kind in (transformers.LlamaForCausalLM, TakesNoCount):
+        trainer = TokenWeightingTrainer(
+            model=kind.from_pretrained(TINY_LLAMA, dtype=torch.float32),
+            args=arguments(tmp_path, gradient_accumulation_steps=2),
+            train_dataset=DATA,
+            token_weighting=DENSE,
+        )
+        takes_count = trainer.model_accepts_loss_kwargs
+        trainer.train()
+        assert trainer.model_accepts_loss_kwargs == takes_count == (kind is not TakesNoCount)
+        logs.append(logs_of(trainer))
+    for name in ("loss", "grad_norm"):
+        assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-6), name
+
+
 class OwnHead(nn.Linear):
     pass
 

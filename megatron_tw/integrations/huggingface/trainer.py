@@ -82,7 +82,6 @@ class TokenWeightingMixin(_Base):
         _check_arguments(self.args, self.token_weighting)
         self._check_trainer()
         self._head = output_head(self._plain_model())
-        self.loss_is_scaled_for_ga = True  # by the count of the whole step, so nothing is left to divide by
         self._schedule = self.token_weighting.schedule
         self._scheme: Scheme | None = None
         self._micro_batches: deque[_MicroBatch] = deque()
@@ -255,7 +254,13 @@ class TokenWeightingMixin(_Base):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        # The loss is divided by the count of the whole step. This keeps the Trainer (of every transformers 5) from
+        # dividing it by the number of micro-batches too, as it does for models that take no count.
+        accepts, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, True
+        try:
+            loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        finally:
+            self.model_accepts_loss_kwargs = accepts
         if not self._micro_batches:
             self._finish_step()
         return loss
