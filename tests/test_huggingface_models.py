@@ -279,6 +279,27 @@ def test_rows_that_the_settings_are_not_for(examples, config, message, tmp_path)
         trainer.train()
 
 
+def padded_with_labels() -> dict[str, torch.Tensor]:
+    """As tokenizers pad, with labels that are a copy of the ids."""
+    mask = (torch.arange(256) < 200).long()
+    ids = torch.where(mask.bool(), ROWS[0], 0)
+    return {"input_ids": ids, "labels": ids, "attention_mask": mask}
+
+
+def test_padding_with_labels_is_refused_where_it_would_be_scored(tmp_path):
+    data = Examples([padded_with_labels()])
+
+    def run(config: TokenWeightingConfig, data: Examples = data) -> None:
+        args = arguments(tmp_path, remove_unused_columns=False)
+        trainer = TokenWeightingTrainer(model=load_tiny_llama(), args=args, train_dataset=data, token_weighting=config)
+        trainer.train()
+
+    with pytest.raises(ValueError, match="labels: expected -100 at padding"):
+        run(DENSE)
+    run(TokenWeightingConfig(weighting="uniform"))
+    run(TokenWeightingConfig(scorer="column"), Examples([{**data[0], "short_nll": torch.ones(256)}]))
+
+
 def test_a_column_that_is_missing(tmp_path):
     config = TokenWeightingConfig(scorer="column")
     args = arguments(tmp_path, remove_unused_columns=False)

@@ -47,6 +47,16 @@ class Rows:
         lengths_R = torch.tensor(self.lengths, device=self.ids_RS.device)
         return torch.where(positions_S <= lengths_R[:, None], hashes_RS, 0).sum(1)
 
+    def check_padding(self) -> None:
+        """Raises a ValueError where padding is a target: it is in no short window."""
+        lengths_R = torch.tensor(self.lengths, device=self.ids_RS.device)
+        padding_RS = torch.arange(1, self.ids_RS.shape[1] + 1, device=self.ids_RS.device) >= lengths_R[:, None]
+        if ((self.labels_RS != IGNORED) & padding_RS).any():
+            raise ValueError(
+                f"labels: expected {IGNORED} at padding (where attention_mask is 0), got a target there, which short "
+                "windows do not reach"
+            )
+
     @staticmethod
     def of_batch(batch: Mapping[str, Any], device: torch.device) -> "Rows":
         """Read a micro-batch, and take the column `short_nll` out of it, which no model knows.

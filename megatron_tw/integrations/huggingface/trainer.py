@@ -200,6 +200,8 @@ class TokenWeightingMixin(_Base):
             if any(x.short_nll_RT is None for x in rows):
                 raise ValueError(f"{COLUMN}: expected this column in every batch with scorer='column', got none")
             return [x.short_nll_RT for x in rows if x.short_nll_RT is not None]
+        for x in rows:
+            x.check_padding()
         with torch.no_grad(), self.accelerator.autocast():
             return self._scorer.short_nll(rows) if rows else []
 
