@@ -1,5 +1,7 @@
 """Which models the Hugging Face Trainer trains with token weighting, what it refuses by name, and what it allocates."""
 
+import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from torch import nn
 from megatron_tw.integrations.huggingface import TokenWeightingConfig, TokenWeightingMixin, TokenWeightingTrainer
 from megatron_tw.integrations.huggingface.batches import Rows
 from megatron_tw.integrations.huggingface.head import output_head, token_nll
+from megatron_tw.integrations.huggingface.trainer import _check_arguments
 
 ROWS = torch.from_numpy(reference_rows())
 DATA = Examples([{"input_ids": row, "labels": row} for row in ROWS[:2]])
@@ -143,6 +146,18 @@ def test_an_output_that_is_not_the_heads_is_seen_in_the_first_step(kind, message
     assert "forward" not in vars(model.lm_head)
 
 
+def test_a_first_micro_batch_without_labels_hides_nothing(tmp_path):
+    """Its NLLs are 0, and half of 0 is 0."""
+    masked = {"input_ids": ROWS[0], "labels": torch.full_like(ROWS[0], -100)}
+    args = arguments(tmp_path, remove_unused_columns=False, gradient_accumulation_steps=2)
+    data = Examples([masked, DATA[1]])
+    trainer = TokenWeightingTrainer(
+        model=Scaled(load_tiny_llama().config), args=args, train_dataset=data, token_weighting=DENSE
+    )
+    with pytest.raises(ValueError, match="changes its logits after"):
+        trainer.train()
+
+
 class TakesNoCount(transformers.LlamaForCausalLM):
     """Like many models that come with their own code: no **kwargs, so no count of targets from the Trainer."""
 
@@ -167,6 +182,17 @@ def test_models_that_take_no_count_accumulate_alike(tmp_path):
         assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-6), name
 
 
+def test_families_whose_config_knows_no_bos(tmp_path):
+    shape: dict[str, Any] = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+    model = transformers.PegasusForCausalLM(
+        transformers.PegasusConfig(vocab_size=VOCAB, max_position_embeddings=256, **shape)
+    )
+    assert not hasattr(model.config, "bos_token_id")
+    trainer = TokenWeightingTrainer(model=model, args=arguments(tmp_path), train_dataset=DATA, token_weighting=DENSE)
+    trainer.train()
+    assert logs_of(trainer)["weight_std"][0] > 0
+
+
 class OwnHead(nn.Linear):
     pass
 
@@ -175,6 +201,25 @@ def with_own_head() -> Any:
     model = load_tiny_llama()
     model.lm_head = OwnHead(64, VOCAB)
     return model
+
+
+def with_encoder() -> Any:
+    shape: dict[str, Any] = {"d_model": 32, "d_ff": 32, "d_kv": 16, "num_layers": 1, "num_heads": 2}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=VOCAB, **shape))
+
+
+def with_masked_words() -> Any:
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=VOCAB, **shape))
+
+
+def frozen_by(scorer: Any) -> TokenWeightingConfig:
+    return TokenWeightingConfig(scorer="frozen", scorer_hf=scorer, short_window=64)
 
 
 ARGUMENTS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
@@ -190,6 +235,30 @@ ARGUMENTS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         {},
         {"model": lambda: transformers.LlamaForSequenceClassification(load_tiny_llama().config)},
         "model: expected a causal language model with an output projection",
+    ),
+    (
+        "encoder and decoder",
+        {},
+        {"model": with_encoder},
+        "model: expected a causal language model, .* got T5ForConditionalGeneration",
+    ),
+    (
+        "masked words",
+        {},
+        {"model": with_masked_words},
+        "model: expected a causal language model, .* got BertForMaskedLM",
+    ),
+    (
+        "scorer with other logits",
+        {},
+        {"token_weighting": lambda: frozen_by(tiny_model("granite", None, logits_scaling=8.0))},
+        "scorer_hf: GraniteForCausalLM changes its logits",
+    ),
+    (
+        "scorer without weights",
+        {},
+        {"token_weighting": lambda: frozen_by(load_tiny_llama().to("meta"))},
+        "scorer_hf: expected a model with its weights, got one on the device meta",
     ),
     (
         "columns dropped",
@@ -212,6 +281,8 @@ ARGUMENTS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
 def test_arguments_that_do_not_go_together(changes, options, message, tmp_path):
     options = {"token_weighting": DENSE, **options}
     model = options.pop("model", load_tiny_llama)()
+    if callable(options["token_weighting"]):
+        options["token_weighting"] = options["token_weighting"]()
     with pytest.raises(ValueError, match=message):
         TokenWeightingTrainer(model=model, args=arguments(tmp_path, **changes), **options)
 
@@ -277,6 +348,36 @@ def test_rows_that_the_settings_are_not_for(examples, config, message, tmp_path)
     )
     with pytest.raises(ValueError, match=message):
         trainer.train()
+
+
+def test_a_device_without_float64_is_refused():
+    args: Any = SimpleNamespace(device=torch.device("mps"), n_gpu=1, remove_unused_columns=True)
+    with pytest.raises(ValueError, match="use_cpu: expected True here"):
+        _check_arguments(args, DENSE)
+
+
+def test_the_model_in_training_is_no_frozen_scorer(tmp_path):
+    model = load_tiny_llama()
+    with pytest.raises(ValueError, match="scorer_hf: expected another model than the one in training"):
+        TokenWeightingTrainer(model=model, args=arguments(tmp_path), token_weighting=frozen_by(model))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_frozen_scorer_is_whole_on_every_process_under_fsdp(monkeypatch, tmp_path):
+    """Where accelerate's FSDP asks for it, some versions of transformers load weights on the first process alone."""
+    asked, load = [], transformers.AutoModelForCausalLM.from_pretrained
+
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        asked.append(os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"])
+        return load(*args, **kwargs)
+
+    model = load_tiny_llama()
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", seen)
+    config = TokenWeightingConfig(scorer="frozen", scorer_hf=str(TINY_LLAMA), short_window=64)
+    TokenWeightingTrainer(model=model, args=arguments(tmp_path), token_weighting=config)
+    assert asked == ["false"]
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
 
 
 def padded_with_labels() -> dict[str, torch.Tensor]:

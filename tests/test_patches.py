@@ -2,6 +2,7 @@
 names, is applied and removed in test_megatron_lm.py.)"""
 
 import ast
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -83,6 +84,7 @@ class Chunk(nn.Module):
 def cases() -> dict[str, tuple[Callable[[], AbstractContextManager[Any]], list[Any]]]:
     """By file: what rebinds there, and the objects that it touches."""
     from megatron_tw.integrations.huggingface.head import _answers_with_nll
+    from megatron_tw.integrations.huggingface.scoring import _all_weights_loaded
     from megatron_tw.integrations.megatron_lm.hidden_loss import loss_from_hidden_states
     from megatron_tw.integrations.megatron_lm.own_attention import own_attention_of_rows
     from megatron_tw.integrations.megatron_lm.window_pass import _evaluating
@@ -91,6 +93,7 @@ def cases() -> dict[str, tuple[Callable[[], AbstractContextManager[Any]], list[A
     touched = [chunk, chunk.output_layer, chunk.rotary_pos_emb, chunk.config]
     return {
         "huggingface/head.py": (lambda: _answers_with_nll(head, torch.zeros(1, 4, dtype=torch.int64)), [head]),
+        "huggingface/scoring.py": (_all_weights_loaded, [os.environ]),
         "megatron_lm/hidden_loss.py": (lambda: loss_from_hidden_states([chunk]), touched),
         "megatron_lm/own_attention.py": (lambda: own_attention_of_rows([chunk], None, 4), touched),
         "megatron_lm/window_pass.py": (lambda: _evaluating([chunk]), touched),
@@ -98,8 +101,8 @@ def cases() -> dict[str, tuple[Callable[[], AbstractContextManager[Any]], list[A
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("file", ["huggingface/head.py", "megatron_lm/hidden_loss.py", "megatron_lm/own_attention.py",
-                                  "megatron_lm/window_pass.py"])  # fmt: skip
+@pytest.mark.parametrize("file", ["huggingface/head.py", "huggingface/scoring.py", "megatron_lm/hidden_loss.py",
+                                  "megatron_lm/own_attention.py", "megatron_lm/window_pass.py"])  # fmt: skip
 def test_everything_is_given_back(file: str) -> None:
     """After the call and after an exception in it, twice."""
     call, touched = cases()[file]

@@ -125,6 +125,11 @@ WITHIN_A_CALL = (
         why="nothing is dropped within the scoring",
     ),
     Attribute(
+        file="huggingface/scoring.py",
+        name="os.environ[_EFFICIENT]",
+        why="a frozen scorer is loaded whole on every process, while it is loaded",
+    ),
+    Attribute(
         file="huggingface/trainer.py",
         name="model.eval",
         why="nothing is dropped within the scoring; the Trainer's own step turns training on again",

@@ -31,8 +31,10 @@ _AFTER_THE_HEAD = (
 """Fields of a config that change logits after the projection (Gemma 2, Cohere, Granite, ...)."""
 
 
-def output_head(model: nn.Module) -> nn.Linear:
+def output_head(model: nn.Module, argument: str = "model") -> nn.Linear:
     """The output projection of a causal language model, inside of PEFT's wrapper where there is one.
+
+    argument: what errors call it.
 
     Raises:
         ValueError: a model without one, with one that is no plain linear layer, or whose logits are not its output.
@@ -43,37 +45,40 @@ def output_head(model: nn.Module) -> nn.Linear:
     name = type(base).__name__
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if head is None:
-        raise ValueError(f"model: expected a causal language model with an output projection, got {name}")
+        raise ValueError(f"{argument}: expected a causal language model with an output projection, got {name}")
+    config: Any = getattr(base, "config", None)
+    if getattr(config, "is_encoder_decoder", False) or getattr(base, "loss_type", None) == "ForMaskedLM":
+        raise ValueError(f"{argument}: expected a causal language model, whose labels are the next tokens, got {name}")
     if hasattr(head, "modules_to_save") and hasattr(head, "active_adapters"):  # PEFT: trained as a whole
         head = head.modules_to_save[head.active_adapters[0]]
     # fully_shard turns the class of what it shards into a subclass FSDP<class>.
     if type(head) is not nn.Linear and type(head).__name__ != "FSDPLinear":
         raise ValueError(
-            f"model: expected a torch.nn.Linear as output projection of {name}, got {type(head).__name__}; leave it "
-            "out of LoRA (target_modules) and of quantization"
+            f"{argument}: expected a torch.nn.Linear as output projection of {name}, got {type(head).__name__}; leave "
+            "it out of LoRA (target_modules) and of quantization"
         )
     if "forward" in vars(head):
         raise ValueError(
-            f"model: the output projection of {name} has a forward of its own already (offloading, or another loss)"
+            f"{argument}: the output projection of {name} has a forward of its own already (offloading, or another "
+            "loss)"
         )
-    _check_config(base, name)
+    _check_config(config, name, argument)
     return head
 
 
-def _check_config(model: nn.Module, name: str) -> None:
-    config: Any = getattr(model, "config", None)
+def _check_config(config: Any, name: str, argument: str) -> None:
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     for field in _AFTER_THE_HEAD:
         value = getattr(config, field, None)
         if value is not None and value != 1.0:
             raise ValueError(
-                f"model: {name} changes its logits after the output projection ({field}={value}), which a loss without "
-                "logits cannot follow"
+                f"{argument}: {name} changes its logits after the output projection ({field}={value}), which a loss "
+                "without logits cannot follow"
             )
     if getattr(config, "output_router_logits", False):
         raise ValueError(
-            f"model: {name} adds a loss of its router (output_router_logits=True), which would be left out; set it to "
-            "False in the config"
+            f"{argument}: {name} adds a loss of its router (output_router_logits=True), which would be left out; set "
+            "it to False in the config"
         )
 
 

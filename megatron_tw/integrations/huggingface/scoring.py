@@ -1,10 +1,14 @@
 """Short NLL of all rows of a step, before its first forward pass. R rows, T targets, L windows, n tokens of one."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
 
 from megatron_tw.integrations.huggingface.batches import Rows
 from megatron_tw.integrations.huggingface.config import TokenWeightingConfig
@@ -13,6 +17,9 @@ from megatron_tw.weighting import Window, plan_windows
 
 NLL = Callable[[Tensor, Tensor], Tensor]
 """(ids [L, n], labels [L, n]) -> NLL [L, n], without gradient."""
+_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+"""With it transformers (some versions 5) loads weights on one process of a machine, from which FSDP gives them to the
+others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,3 +94,39 @@ def _with_targets(batch: WindowBatch) -> WindowBatch:
     keep_L = (batch.labels != IGNORED).any(1)
     ids, labels, rows, starts = (x[keep_L] for x in (batch.ids, batch.labels, batch.rows, batch.starts))
     return replace(batch, ids=ids, labels=labels, rows=rows, starts=starts)
+
+
+def load_scorer(config: TokenWeightingConfig, trained: nn.Module) -> nn.Module:
+    """The frozen scorer, whole on every process. trained: the model in training.
+
+    Raises:
+        ValueError: it is the model in training, has no weights, or windows are longer than what it was trained on.
+    """
+    scorer: Any = config.scorer_hf
+    if scorer is trained:
+        raise ValueError("scorer_hf: expected another model than the one in training (or scorer='unfrozen'), got that")
+    if isinstance(scorer, str):
+        with _all_weights_loaded():
+            scorer = transformers.AutoModelForCausalLM.from_pretrained(scorer, dtype="auto")
+    if any(parameter.is_meta for parameter in scorer.parameters()):
+        raise ValueError("scorer_hf: expected a model with its weights, got one on the device meta")
+    known = getattr(scorer.config.get_text_config(), "max_position_embeddings", None)
+    if known is not None and config.short_window is not None and config.short_window > known:
+        raise ValueError(
+            f"short_window: expected at most {known}, the context of the scorer in scorer_hf, got {config.short_window}"
+        )
+    model: nn.Module = scorer
+    return model
+
+
+@contextmanager
+def _all_weights_loaded() -> Iterator[None]:
+    """Within the block transformers loads weights on every process, because nobody gives a scorer's to the others."""
+    before = os.environ.get(_EFFICIENT)
+    os.environ[_EFFICIENT] = "false"
+    try:
+        yield
+    finally:
+        del os.environ[_EFFICIENT]
+        if before is not None:
+            os.environ[_EFFICIENT] = before

@@ -25,7 +25,7 @@ from megatron_tw.integrations.arguments import arguments_named
 from megatron_tw.integrations.huggingface.batches import Rows
 from megatron_tw.integrations.huggingface.config import COLUMN, TokenWeightingConfig, as_config
 from megatron_tw.integrations.huggingface.head import output_head, token_nll
-from megatron_tw.integrations.huggingface.scoring import ShortWindowScorer
+from megatron_tw.integrations.huggingface.scoring import ShortWindowScorer, load_scorer
 from megatron_tw.objective import ShortNLL, StepReport, weighted_loss
 from megatron_tw.weighting import Scheme, unfrozen_short_nll
 
@@ -124,12 +124,16 @@ class TokenWeightingMixin(_Base):
         if not self._schedule.needs_scorer or config.scorer == "column":
             return None
         config_of_model: Any = self._plain_model().config
-        bos_id = config_of_model.get_text_config().bos_token_id if config.bos_id is None else config.bos_id
+        bos_id = config.bos_id
+        if bos_id is None:  # of a few families the config has no such field
+            bos_id = getattr(config_of_model.get_text_config(), "bos_token_id", None)
         if config.scorer == "unfrozen":
             nll = self._own_nll
         else:
-            scorer = _load_scorer(config).to(self.args.device).eval().requires_grad_(False)
-            nll = partial(self._frozen_nll, scorer, output_head(scorer))
+            scorer = load_scorer(config, self._plain_model())
+            head = output_head(scorer, argument="scorer_hf")
+            scorer = scorer.to(self.args.device).eval().requires_grad_(False)
+            nll = partial(self._frozen_nll, scorer, head)
         sharded = self.is_fsdp_enabled or getattr(self.model, "is_distributed_loading_by_transformers", False)
         return ShortWindowScorer(
             config=config,
@@ -233,7 +237,8 @@ class TokenWeightingMixin(_Base):
         long_nll_RS = token_nll(
             model, self._head, rows.labels_RS, _model_inputs(inputs), check_output=not self._output_checked
         )
-        self._output_checked = True
+        # NLLs of 0, where nothing is labelled, would stand any scale.
+        self._output_checked = self._output_checked or bool(rows.num_valid)
         window = self._settings.short_window
         if short_nll is None or window is None or self._settings.scorer != "unfrozen":
             complete: ShortNLL = short_nll
@@ -341,20 +346,9 @@ def _check_arguments(args: transformers.TrainingArguments, config: TokenWeightin
         raise ValueError("packing: expected rows that hold one document each, with a scheme that compares two NLLs")
     if config.scorer == "column" and config.schedule.needs_scorer and args.remove_unused_columns:
         raise ValueError(f"remove_unused_columns: expected False with scorer='column', else the Trainer drops {COLUMN}")
+    if args.device.type == "mps":
+        raise ValueError("use_cpu: expected True here: weights are made in float64, which the device mps does not have")
     if args.n_gpu > 1:
         raise ValueError(
             f"n_gpu: expected one process for each GPU (torchrun, accelerate launch), got {args.n_gpu} GPUs in one"
         )
-
-
-def _load_scorer(config: TokenWeightingConfig) -> nn.Module:
-    """The frozen scorer; its windows must be within what it was trained on."""
-    scorer: Any = config.scorer_hf
-    if isinstance(scorer, str):
-        scorer = transformers.AutoModelForCausalLM.from_pretrained(scorer, dtype="auto")
-    known = getattr(scorer.config.get_text_config(), "max_position_embeddings", None)
-    if known is not None and config.short_window is not None and config.short_window > known:
-        raise ValueError(
-            f"short_window: expected at most {known}, the context of the scorer in scorer_hf, got {config.short_window}"
-        )
-    return scorer
