@@ -266,6 +266,12 @@ def test_which_schemes_need_a_scorer():
             lambda: token_weights(torch.zeros(2, 3), torch.zeros(2, 4), WeightingConfig.preset("dense")),
             "`short_nll`: .*shape",
         ),
+        (lambda: WeightingConfig(transforms="absolute"), "`transforms`: expected a list of them, got .absolute"),  # type: ignore[arg-type]
+        (lambda: token_weights(torch.zeros(2, 3), None, "dense"), "`scheme`: expected a scheme, .* got .dense"),  # type: ignore[arg-type]
+        (
+            lambda: token_weights(torch.zeros(2, 3), None, WeightingConfig.preset("uniform"), row_ids=torch.arange(3)),
+            r"`row_ids`: expected one for each of 2 rows, got shape \[3\]",
+        ),
     ],
 )
 def test_bad_settings_name_the_argument(call, message):

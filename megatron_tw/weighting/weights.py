@@ -43,9 +43,13 @@ def token_weights(
         [rows, targets] fp32, detached.
 
     Raises:
-        ValueError: shapes differ, or `short_nll` is missing.
+        ValueError: shapes differ, `short_nll` is missing, or `scheme` is none.
     """
+    if not isinstance(scheme, Scheme):
+        raise ValueError(f"`scheme`: expected a scheme, such as WeightingConfig.preset('dense'), got {scheme!r}")
     _check_shapes(long_nll, short_nll=short_nll, valid=valid, document_starts=document_starts)
+    if row_ids is not None and row_ids.shape != long_nll.shape[:1]:
+        raise ValueError(f"`row_ids`: expected one for each of {len(long_nll)} rows, got shape {list(row_ids.shape)}")
     valid_RT = torch.ones_like(long_nll, dtype=torch.bool) if valid is None else valid.bool()
     if scheme.needs_scorer and short_nll is None:
         raise ValueError(

@@ -43,6 +43,9 @@ class WeightingConfig(Scheme):
 
     def __post_init__(self) -> None:
         check_choice("comparison", self.comparison, COMPARISONS)
+        given: Any = self.transforms
+        if isinstance(given, str):  # a sequence too, of letters
+            raise ValueError(f"`transforms`: expected a list of them, got {given!r}")
         object.__setattr__(self, "transforms", tuple(self.transforms))  # YAML gives a list
         for transform in self.transforms:
             parse_transform(transform)
