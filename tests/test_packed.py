@@ -68,6 +68,7 @@ from megatron_tw.objective import packed, weighted_loss
 from megatron_tw.objective.packed import PackedSequence
 from megatron_tw.objective.zigzag import zigzag_positions
 from megatron_tw.parallel.devices import prepare_device
+from megatron_tw.training.description import describe_run
 from megatron_tw.training.inputs import open_inputs
 from megatron_tw.training.loop import Run
 from megatron_tw.weighting import ExactConfig, Scheme, WeightingConfig, documents, token_weights, unfrozen_short_nll
@@ -524,9 +525,7 @@ def told_of_rows(config: Any) -> list[str]:
     """On a rank: what a run says of itself at its start."""
     inputs = open_inputs(config)
     with layout_of(Axes()) as layout:
-        run = Run.start(config, inputs, layout, prepare_device())
-        release(run.step.model)
-        return run._describe()
+        return describe_run(config, inputs, layout, consumed_samples=0)
 
 
 def test_the_padding_is_told(ranks, data: Path) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_tw.config import RunConfig, differences
-from megatron_tw.data.blend import taken
+from megatron_tw.config import RunConfig
 from megatron_tw.data.loader import Batch, Loader
 from megatron_tw.model.build import build_model, save_hf
 from megatron_tw.objective.report import StepReport
@@ -20,7 +19,7 @@ from megatron_tw.parallel.devices import Device, device_name
 from megatron_tw.parallel.gpus import gpu_of
 from megatron_tw.parallel.heartbeat import watched
 from megatron_tw.parallel.layout import Layout
-from megatron_tw.runtime.checkpoint import CONFIG_FILE, UnfinishedCheckpoint, begin_checkpoint, save_checkpoint
+from megatron_tw.runtime.checkpoint import UnfinishedCheckpoint, begin_checkpoint, save_checkpoint
 from megatron_tw.runtime.checksums import seal
 from megatron_tw.runtime.determinism import be_deterministic
 from megatron_tw.runtime.exits import CTRL_C, Exits
@@ -40,6 +39,7 @@ from megatron_tw.runtime.run_folder import RunState, begin_again
 from megatron_tw.runtime.saver import Saver
 from megatron_tw.runtime.wandb_run import open_wandb
 from megatron_tw.training.bad_steps import BadStepError, BadSteps
+from megatron_tw.training.description import consumed_by_folder, describe_origin, describe_run
 from megatron_tw.training.flops import StepFlops, rates
 from megatron_tw.training.inputs import Inputs, bytes_of_checkpoint, open_inputs, outdated
 from megatron_tw.training.ruler import ruler_metrics
@@ -267,7 +267,7 @@ class Run:
     def _open_log(self) -> MetricsLog | None:
         if not self.layout.reports:
             return None
-        config, saved = self.config, self.inputs.source.saved
+        config = self.config
         save = Path(config.checkpoint.save) if config.checkpoint.save is not None else None
         begun_again = begin_again(save) if save is not None and self.iteration == 0 else []
         log = MetricsLog(
@@ -278,106 +278,22 @@ class Run:
             log_interval=config.logging.log_interval,
             wandb=self.wandb,
         )
-        if saved is not None:
-            layouts = f"{saved.layout}, now {self.layout.describe()}"
-            log.say(f"resumed from {saved.directory} ({layouts}) at iteration {self.iteration}")
-            if (saved.directory / CONFIG_FILE).is_file():
-                for line in differences(saved.directory / CONFIG_FILE, config):
-                    log.say(f"  {line}")
-            if self.iteration >= config.train.train_iters:
-                log.say(f"--train-iters {config.train.train_iters}: the run is there already, no step is left")
-        elif config.checkpoint.load is not None:
-            source = self.inputs.source
-            log.say(f"--load {config.checkpoint.load} holds no checkpoint: starting fresh from {source.name}")
-        if (earlier := self.inputs.source.pretrained) is not None:
-            state = earlier.state
-            log.say(f"weights of {earlier.directory}: {state.iteration} steps on rows of {state.seq_length} tokens")
-        for line in begun_again + self._describe():
+        origin = describe_origin(config, self.inputs, self.layout, self.iteration)
+        run = describe_run(config, self.inputs, self.layout, self.loader.consumed_samples)
+        for line in origin + begun_again + run:
             log.say(line)
         return log
-
-    def _describe(self) -> list[str]:
-        """The run in a few lines."""
-        config, settings, rows = self.config, self.inputs.settings, len(self.inputs.rows)
-        train = config.train
-        lines = [
-            f"{self.layout.describe()}, {'bf16' if config.compute.bf16 else 'fp32'}, "
-            f"{self.inputs.source.architecture.rope_in_words}, old context {settings.old_context} tokens",
-            f"{rows} rows of {config.data.seq_length} tokens, {train.train_iters} steps of "
-            f"{settings.global_batch_size}: {train.train_iters * settings.global_batch_size / rows:.2f} epochs",
-        ]
-        packings = [part.header.packing for part in self.inputs.rows.parts if part.header.packing is not None]
-        if packings:
-            padding = sum(packing.padding_tokens for packing in packings) / (rows * config.data.seq_length)
-            documents = sum(packing.documents for packing in packings)
-            lines.append(f"  packed: {documents} documents, {padding:.1%} of the tokens are padding")
-        lines += self._describe_folders() + self._warn_of_same_rows()
-        schedule = config.weighting.weighting_schedule
-        weighting = f"weighting {config.weighting.weighting}" if schedule is None else f"weighting {schedule}"
-        if self.step.scorer is not None and settings.windows is not None:
-            windows = settings.windows
-            weighting += f", {config.scorer.scorer} scorer, windows of {windows.tokens} every {windows.stride} tokens"
-        lines.append(weighting)
-        warmup, steps = config.optimizer.lr_warmup_iters, train.train_iters
-        if warmup >= steps:
-            highest = config.optimizer.lr * (steps - 1) / warmup
-            lines.append(
-                f"warning: --lr-warmup-iters {warmup} does not end within --train-iters {steps}: the highest learning "
-                f"rate of this run is {highest:.3g}, not --lr {config.optimizer.lr:g}"
-            )
-        if config.checkpoint.save is None and config.checkpoint.save_hf is None:
-            lines.append("warning: neither --save nor --save-hf: nothing of this run is kept")
-        return lines
-
-    def _describe_folders(self) -> list[str]:
-        """Of several folders each one's share of the samples, and how often the run goes through it."""
-        rows = self.inputs.rows
-        if len(rows.parts) == 1:
-            return []
-        samples = self.config.train.train_iters * self.inputs.settings.global_batch_size
-        lines = []
-        for part, share, planned, done in zip(
-            rows.parts, rows.shares, taken(samples, rows.shares), self._consumed_by_folder().values(), strict=True
-        ):
-            so_far = f", {done} so far" if self.iteration else ""
-            lines.append(
-                f"  {float(share):.2%} of the samples from {part.path}: {planned}, {planned / len(part):.2f} times its "
-                f"{len(part)} rows{so_far}"
-            )
-        return lines
-
-    def _warn_of_same_rows(self) -> list[str]:
-        """What is hardly meant: folders that are copies of each other, and held-out rows that are trained on."""
-        parts, valid = self.inputs.rows.parts, self.inputs.valid_rows
-        first: dict[str, Path] = {}
-        lines = [
-            f"warning: --data-path {part.path}: holds the same rows as {first[part.fingerprint]}"
-            for part in parts
-            if first.setdefault(part.fingerprint, part.path) != part.path
-        ]
-        if valid is not None and valid.fingerprint in first:
-            same = first[valid.fingerprint]
-            lines.append(
-                f"warning: --valid-data-path {valid.path}: is trained on, it holds the rows of --data-path {same}"
-            )
-        return lines
-
-    def _consumed_by_folder(self) -> dict[str, int]:
-        """Samples so far of each folder of --data-path."""
-        rows = self.inputs.rows
-        counts = taken(self.loader.consumed_samples, rows.shares)
-        return {str(part.path): count for part, count in zip(rows.parts, counts, strict=True)}
 
     def _with_run_metrics(self, metrics: dict[str, Any]) -> dict[str, Any]:
         tokens, by_position = metrics.pop("tokens"), metrics.pop("by_position")
         if self.iteration % self.config.logging.log_interval == 0 or self.iteration == self.config.train.train_iters:
             metrics["by_position"] = by_position
-        several = len(self.inputs.rows.parts) > 1
-        by_folder = {"consumed_samples_by_folder": self._consumed_by_folder()} if several else {}
+        rows, consumed = self.inputs.rows, self.loader.consumed_samples
+        by_folder = {"consumed_samples_by_folder": consumed_by_folder(rows, consumed)} if len(rows.parts) > 1 else {}
         return {
             "iteration": self.iteration,
             **metrics,
-            "consumed_samples": self.loader.consumed_samples,
+            "consumed_samples": consumed,
             **by_folder,
             "world_size": self.layout.world_size,
             "tokens_per_second": tokens / metrics["step_seconds"],
