@@ -10,7 +10,6 @@ all ranks share: rank 0 sees which parts there are, the writing rank reads and w
 
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch.distributed as dist
 
-from megatron_tw.data.files import numpy_file
+from megatron_tw.data.files import numpy_file, partial_folder, write_synced
 from megatron_tw.data.progress import Progress
 from megatron_tw.parallel.agree import raise_together
 from megatron_tw.parallel.layout import Layout
@@ -38,8 +37,7 @@ class Kept:
     """
 
     def __init__(self, output: str | Path, plan: Mapping[str, Any]) -> None:
-        output = Path(output)
-        self.folder = output.absolute().parent / f"{output.name}.partial"
+        self.folder = partial_folder(Path(output))
         self._plan: dict[str, Any] = json.loads(json.dumps(plan))
         self._there: set[str] | None = None
 
@@ -78,7 +76,7 @@ class Kept:
         if dist.get_rank() == 0:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                _write(self.folder / PLAN_FILE, json.dumps(self._plan, indent=1).encode())
+                write_synced(self.folder / PLAN_FILE, json.dumps(self._plan, indent=1).encode())
                 answer = [{file.stem for file in self.folder.glob("*.npz")}]
             except OSError as failed:
                 error = failed
@@ -101,7 +99,7 @@ class Kept:
         """Keep a part: all of it or nothing. The writing rank does this."""
         stream = io.BytesIO()
         np.savez(stream, allow_pickle=False, **arrays)
-        _write(self.folder / f"{part}.npz", stream.getvalue())
+        write_synced(self.folder / f"{part}.npz", stream.getvalue())
 
     def read(self, part: str) -> Arrays:
         """A part, as it was written. One that is damaged is removed, so that the next run makes it again.
@@ -182,17 +180,3 @@ def _name(name: str, part: range) -> str:
 
 def _joined(arrays: Sequence[Arrays]) -> Arrays:
     return {name: np.concatenate([part[name] for part in arrays]) for name in arrays[0]}
-
-
-def _write(file: Path, content: bytes) -> None:
-    """So that the file is there complete or not at all, after a crash of the machine too."""
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
