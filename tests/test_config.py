@@ -142,6 +142,7 @@ def test_wrong_flags_are_named(arguments: list[str], message: str) -> None:
         ("- lr\n", "expected lines `option: value`, got sequence"),
         ("", "expected lines `option: value`, got nothing"),
         ("lr: [\n", "not a YAML file"),
+        ("lr: " + "[" * 3000, "not a YAML file"),
     ],
 )
 def test_wrong_files_are_named(tmp_path: Path, text: str, message: str) -> None:

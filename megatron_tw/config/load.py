@@ -10,6 +10,7 @@ import difflib
 import functools
 import inspect
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -25,6 +26,11 @@ from megatron_tw.config.programs import programs_with
 from megatron_tw.config.schema import RunConfig
 
 Schema = TypeVar("Schema")
+
+_READ_OTHERWISE = re.compile(r"[-+]?(0[0-7_]+|\d[\d_]*(:[0-5]?\d)+(\.[\d_]*)?)")
+"""Numbers of which YAML makes what nobody means: 0100 is 64 (octal), 1:30 is 90 (minutes and seconds)."""
+_NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_SMALLEST_FP32, _LARGEST_FP32 = 1.2e-38, 3.4e38
 
 
 def load_config(argv: Sequence[str], *, prog: str, description: str) -> RunConfig:
@@ -187,6 +193,36 @@ def _check_flags(flags: Sequence[str], options: Mapping[str, Option]) -> None:
         if before in one_value and not value.startswith("--") and not next_one.startswith("--"):
             expected = options[before[2:].replace("-", "_")].expected
             raise ValueError(f"{before}: expected {expected}, got more than one value: {value} {next_one}")
+    for option, text in _values_of_flags(flags, options):
+        for item in text.strip("[]").split(",") if option.is_number else ():
+            _check_number(item.strip(), option, flag(option.name))
+        if option.type is str and text.strip() and text != "null" and _is_null(text):
+            raise ValueError(f"{flag(option.name)}: expected {option.expected}, got {text}, which YAML reads as null")
+
+
+def _values_of_flags(flags: Sequence[str], options: Mapping[str, Option]) -> Iterator[tuple[Option, str]]:
+    """Each option that has values, with each of them."""
+    by_flag = {flag(name): option for name, option in options.items() if option.type is not bool}
+    option = None
+    for argument in flags:
+        name, equals, value = argument.partition("=")
+        if argument.startswith("--"):
+            option = by_flag.get(name)
+        if option is not None and (equals or not argument.startswith("--")):
+            yield option, value if argument.startswith("--") else argument
+
+
+def _is_null(text: str) -> bool:
+    try:
+        return yaml.safe_load(text) is None
+    except yaml.YAMLError:
+        return False
+
+
+def _check_number(text: str, option: Option, place: str) -> None:
+    """Refuse a number that YAML reads otherwise than people do; `place` names the option in the error."""
+    if _READ_OTHERWISE.fullmatch(text):
+        raise ValueError(f"{place}: expected {option.expected}, got {text}, which YAML reads as {yaml.safe_load(text)}")
 
 
 def _check_yaml(file: str, options: Mapping[str, Option]) -> None:
@@ -195,7 +231,7 @@ def _check_yaml(file: str, options: Mapping[str, Option]) -> None:
         text = Path(file).read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         yaml.safe_load(text)  # tags and keys that only show when values are made
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"--config {file}: not a YAML file: {error}") from None
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(
@@ -215,6 +251,22 @@ def _check_yaml(file: str, options: Mapping[str, Option]) -> None:
             raise ValueError(f"{place}: {name}: expected {option.expected}, got {value.value or 'null'}")
         if isinstance(value, yaml.MappingNode):
             _check_repeated(file, name, value)
+        for scalar in _scalars(value, set()):
+            if option.is_number or scalar.tag in _NUMBER_TAGS:
+                place = f"--config {file}, line {scalar.start_mark.line + 1}: {name}"
+                _check_number(scalar.value.strip(), option, place)
+
+
+def _scalars(node: yaml.Node, seen: set[int]) -> Iterator[yaml.ScalarNode]:
+    """All plain values and keys below a node, each once (an anchor may hold itself)."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.ScalarNode):
+        yield node
+    for item in node.value if isinstance(node, yaml.CollectionNode) else ():
+        for part in item if isinstance(item, tuple) else (item,):
+            yield from _scalars(part, seen)
 
 
 def _check_repeated(file: str, option: str, mapping: yaml.MappingNode) -> None:
@@ -249,13 +301,19 @@ def _as_flags_take_it(file: str, options: Mapping[str, Option]) -> str:
 
 
 def _check_values(values: dict[str, Any], options: Mapping[str, Option]) -> None:
-    """What no option takes: an empty text (a variable that is not set, in a path), an integer beyond 64 bits."""
+    """What no option takes: an empty text (a variable that is not set, in a path), an integer beyond 64 bits,
+    a number that is 0 or infinite in fp32."""
     for name in options:
         for value in values[name] if isinstance(values[name], list | tuple) else [values[name]]:
             if isinstance(value, str) and not value.strip():
                 raise ValueError(f"{flag(name)}: expected {options[name].expected}, got an empty text")
             if isinstance(value, int) and abs(value) >= 2**63:
                 raise ValueError(f"{flag(name)}: expected an integer of 64 bits, got {value}")
+            small_or_large = isinstance(value, float) and not _SMALLEST_FP32 <= abs(value) <= _LARGEST_FP32
+            if small_or_large and value != 0 and math.isfinite(value):
+                raise ValueError(
+                    f"{flag(name)}: expected a number of 32 bits ({_SMALLEST_FP32} to {_LARGEST_FP32}), got {value}"
+                )
 
 
 def _files_of_values(files: Sequence[str], flags: Sequence[str], options: Mapping[str, Option]) -> dict[str, str]:

@@ -37,6 +37,11 @@ class Option:
         return get_origin(self.type) is tuple
 
     @property
+    def is_number(self) -> bool:
+        """Whether its values are numbers, one or several."""
+        return (get_args(self.type)[0] if self.is_list else self.type) in (int, float)
+
+    @property
     def expected(self) -> str:
         """The type in words."""
         if get_origin(self.type) is Literal:
