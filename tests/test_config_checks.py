@@ -86,6 +86,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "--seq-length: expected a multiple of 16 for --context-parallel-size 2",
     ),
     ({"short_stride": 3}, "--short-stride: expected --short-window"),
+    ({"min_short_context": 3}, "--min-short-context: expected --short-window with it, got none"),
     (WINDOW | {"short_window": 1}, "--short-window: expected 2 to 256, the tokens of a row, got 1"),
     (WINDOW | {"short_window": 257}, "--short-window: expected 2 to 256, the tokens of a row, got 257"),
     (
@@ -104,6 +105,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"valid_data_path": "held_out"}, "--valid-data-path and --eval-interval: expected both or neither"),
     ({"eval_iters": 5}, "--eval-iters 5: expected --eval-interval"),
     ({"eval_ruler_samples": 0}, "--eval-ruler-samples: expected 1 or more, got 0"),
+    ({"eval_ruler_samples": 4}, "--eval-ruler-samples 4: expected --eval-ruler with it"),
     ({"eval_ruler": ("cws",)}, "--eval-ruler: expected some of niah_single_1"),
     ({"eval_ruler": ("vt",)}, "--eval-ruler: expected --eval-interval and --valid-data-path with it"),
     ({"truncation": 0.0}, "--truncation: expected more than 0, got 0"),
@@ -178,6 +180,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"adam_eps": 0.0}, "--adam-eps: expected more than 0"),
     ({"lr_warmup_iters": -1}, "--lr-warmup-iters: expected 0 or more"),
     ({"lr_decay_iters": 0}, "--lr-decay-iters: expected 1 or more"),
+    ({"min_lr": 1e-6}, "--min-lr: expected --lr-decay-style linear or cosine with it, got constant"),
+    ({"lr_decay_iters": 5}, "--lr-decay-iters: expected --lr-decay-style linear or cosine with it, got constant"),
     ({"lr_warmup_iters": 5, "lr_decay_iters": 5}, "--lr-warmup-iters: expected less than --lr-decay-iters 5"),
     ({"load_hf": None}, "--load-hf or --load: expected a model to start from, got neither"),
     ({"save_interval": 5}, "--save-interval: expected --save"),
@@ -231,6 +235,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"log_interval": 0}, "--log-interval: expected 1 or more"),
     ({"wandb_entity": "team"}, "--wandb-entity: expected --wandb-project with it"),
     ({"profile_ranks": (1,)}, "--profile-ranks: expected --profile with it"),
+    ({"save_hf": "hf", "tensorboard_dir": "hf/tb"}, "--tensorboard-dir: expected a folder outside --save-hf hf, which"),
+    ({"save_hf": "hf", "wandb_project": "p", "wandb_save_dir": "./hf"}, "--wandb-save-dir: expected a folder outside"),
     ({"profile": True}, "--profile: expected --save with it"),
     ({"profile": True, "save": "run", "profile_step_start": -1}, "--profile-step-start: expected 0 or more, got -1"),
     (

@@ -105,7 +105,8 @@ def cosine(step: int, *, warmup: int, decay: int, high: float, low: float) -> fl
 @pytest.mark.parametrize("style", ["constant", "linear", "cosine"])
 def test_learning_rate(style, ranks, reference_data, tmp_path):
     high, low, warmup, steps = 1e-3, 1e-4, 2, 6
-    schedule = OptimizationConfig(lr=high, min_lr=low, lr_decay_style=style, lr_warmup_iters=warmup)
+    end = 0.0 if style == "constant" else low
+    schedule = OptimizationConfig(lr=high, min_lr=end, lr_decay_style=style, lr_warmup_iters=warmup)
     config = options(
         Axes(),
         reference_data,

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from megatron_tw.config import user_errors
 from megatron_tw.config.arguments import ToolParser, path, text
+from megatron_tw.config.options import flag
 from megatron_tw.data.prepare import prepare_rows
 from megatron_tw.data.rows_format import RowsHeader
 
@@ -113,14 +114,17 @@ def _packing(header: RowsHeader) -> str:
 def main(argv: Sequence[str]) -> None:
     """Parse, prepare or verify, print. A user's mistake is one line on stderr and exit status 2."""
     with user_errors():
-        options = build_parser().parse(argv)
+        parser = build_parser()
+        options = parser.parse(argv)
         needed = {"--input": options.input, "--tokenizer": options.tokenizer, "--seq-length": options.seq_length,
                   "--output": options.output}  # fmt: skip
-        given = [name for name, value in needed.items() if value is not None]
-        if options.verify is not None and given:
-            raise ValueError(f"--verify: expected no other option with it, got {', '.join(given)}")
-        if options.verify is None and len(given) < len(needed):
-            raise ValueError("missing " + ", ".join(name for name in needed if name not in given))
+        missing = [name for name, value in needed.items() if value is None]
+        given = [flag(name) for name, value in vars(options).items() if value != parser.get_default(name)]
+        if options.verify is not None and len(given) > 1:
+            others = ", ".join(name for name in given if name != "--verify")
+            raise ValueError(f"--verify: expected no other option with it, got {others}")
+        if options.verify is None and missing:
+            raise ValueError("missing " + ", ".join(missing))
         if options.verify is not None:
             from megatron_tw.data.verify import verify_folder  # imports torch
 

@@ -45,6 +45,8 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
     check_data(config.data, config.scorer)
     check_seq_length(config.parallel, config.data.seq_length)
     check_windows(config.windows, config.data.seq_length)
+    if config.checkpoint.pretrained_checkpoint is None:  # else a window may come from there
+        check_least_context(config.windows)
     check_optimizer(config.optimizer)
     check_checkpoint(config.checkpoint, config.model, config.data, config.train)
     at_least(1, train_iters=config.train.train_iters, micro_batch_size=config.train.micro_batch_size)
@@ -64,6 +66,10 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
         f"--eval-iters {config.train.eval_iters}: expected --eval-interval and --valid-data-path with it",
     )
     at_least(1, eval_ruler_samples=config.train.eval_ruler_samples)
+    require(
+        config.train.eval_ruler is not None or config.train.eval_ruler_samples == TrainConfig.eval_ruler_samples,
+        f"--eval-ruler-samples {config.train.eval_ruler_samples}: expected --eval-ruler with it",
+    )
     for name in config.train.eval_ruler or ():
         require(
             name in TASKS_WITHOUT_TEXT, f"--eval-ruler: expected some of {', '.join(TASKS_WITHOUT_TEXT)}, got {name}"
@@ -100,6 +106,14 @@ def check_windows(windows: WindowsConfig, seq_length: int) -> None:
         f"--short-stride: expected at most {largest}, got {stride}, which leaves some targets a context of "
         f"{max(0, window - stride)} tokens; --min-short-context, here {least}, says how few may be. Strides without a "
         f"ragged last window: {', '.join(map(str, even))}",
+    )
+
+
+def check_least_context(windows: WindowsConfig) -> None:
+    """That there are windows, where something is said of their targets."""
+    require(
+        windows.min_short_context is None or windows.short_window is not None,
+        "--min-short-context: expected --short-window with it, got none",
     )
 
 
@@ -163,6 +177,11 @@ def check_optimizer(optimizer: OptimizationConfig) -> None:
         f"--lr-warmup-iters: expected less than --lr-decay-iters {optimizer.lr_decay_iters}, got "
         f"{optimizer.lr_warmup_iters}",
     )
+    for name in ("min_lr", "lr_decay_iters"):
+        require(
+            optimizer.lr_decay_style != "constant" or getattr(optimizer, name) == getattr(OptimizationConfig, name),
+            f"{flag(name)}: expected --lr-decay-style linear or cosine with it, got constant",
+        )
 
 
 def check_data(data: DataConfig, scorer: ScorerConfig) -> None:
@@ -175,7 +194,8 @@ def check_data(data: DataConfig, scorer: ScorerConfig) -> None:
 
 
 def check_logging(logging: LoggingConfig, checkpoint: CheckpointConfig, world_size: int | None = None) -> None:
-    """Ranges, what needs --wandb-project or --profile, and the ranks and place of traces."""
+    """Ranges, what needs --wandb-project or --profile, the ranks and place of traces, and that no logs are in the way
+    of the export."""
     at_least(1, log_interval=logging.log_interval)
     for switch, names in (
         ("wandb_project", ("wandb_entity", "wandb_exp_name", "wandb_save_dir")),
@@ -186,6 +206,12 @@ def check_logging(logging: LoggingConfig, checkpoint: CheckpointConfig, world_si
                 getattr(logging, switch) or getattr(logging, name) == getattr(LoggingConfig, name),
                 f"{flag(name)}: expected {flag(switch)} with it",
             )
+    for name in ("tensorboard_dir", "wandb_save_dir"):
+        folder, export = getattr(logging, name), checkpoint.save_hf
+        require(
+            folder is None or export is None or not Path(folder).resolve().is_relative_to(Path(export).resolve()),
+            f"{flag(name)}: expected a folder outside --save-hf {export}, which must be empty at the end, got {folder}",
+        )
     require(not logging.profile or checkpoint.save is not None, "--profile: expected --save with it")
     at_least(0, profile_step_start=logging.profile_step_start)
     require(

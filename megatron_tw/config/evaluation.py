@@ -1,8 +1,9 @@
 """Options of tools/evaluate.py."""
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
-from megatron_tw.config.checks import check_model, check_own_windows
+from megatron_tw.config.checks import check_least_context, check_model, check_own_windows
 from megatron_tw.config.compute_checks import check_compute
 from megatron_tw.config.layout_checks import check_parallel, check_seq_length
 from megatron_tw.config.options import flag, options_of
@@ -125,12 +126,14 @@ def check_evaluation(config: EvaluationConfig, world_size: int) -> None:
     check_parallel(config.parallel, world_size)
     check_model(config.model)
     check_compute(config.compute, config.parallel)
+    check_least_context(config.windows)
     if options.seq_length is not None:
         check_seq_length(config.parallel, options.seq_length)
         check_own_windows(config.windows, options.seq_length)
     if "longppl" in options.tasks:
         assert options.seq_length is not None
         check_longppl(config.longppl, options.seq_length)
+        check_cache(config.longppl, options.output)
     check_ruler(config.ruler)
     for name, value in (
         ("eval_rows", options.eval_rows),
@@ -177,6 +180,19 @@ def check_read(config: EvaluationConfig) -> None:
         raise ValueError(
             f"--ruler-backend {config.ruler.ruler_backend}: expected --ruler-scoring generation with it, got "
             f"{config.ruler.ruler_scoring}"
+        )
+
+
+def check_cache(longppl: LongPplOptions, output: str) -> None:
+    """That the cache is not in the way of the result.
+
+    Raises:
+        ValueError: names the option.
+    """
+    cache = longppl.longppl_cache
+    if cache is not None and Path(cache).resolve().is_relative_to(Path(output).resolve()):
+        raise ValueError(
+            f"--longppl-cache: expected a folder outside --output {output}, which must be empty at the end, got {cache}"
         )
 
 

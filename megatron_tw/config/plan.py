@@ -90,6 +90,7 @@ class PlanConfig(RunConfig):
             eval_interval=None,
             eval_iters=None,
             eval_ruler=None,
+            eval_ruler_samples=TrainConfig.eval_ruler_samples,
             exit_interval=None,
             exit_duration_in_mins=None,
             exit_signal_handler=False,

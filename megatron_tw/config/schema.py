@@ -271,13 +271,13 @@ class OptimizationConfig:
     lr: float = 2e-5
     """Highest learning rate."""
     min_lr: float = 0.0
-    """Learning rate that linear and cosine decay end at."""
+    """For linear and cosine: learning rate that the decay ends at."""
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of the learning rate after the warm-up."""
     lr_warmup_iters: int = 0
     """Steps of linear warm-up from 0."""
     lr_decay_iters: int | None = None
-    """Step at which the decay ends (null: --train-iters)."""
+    """For linear and cosine: step at which the decay ends (null: --train-iters)."""
     weight_decay: float = 0.01
     """Decoupled weight decay of the matrices; norms and biases have none."""
     clip_grad: float = 1.0

@@ -35,7 +35,10 @@ def convert(config: ConversionConfig) -> str:
     )
     architecture = source.architecture
     compute = ComputeConfig(bf16=architecture.dtype == torch.bfloat16)
-    length = options.seq_length or architecture.max_position_embeddings
+    own_length = architecture.max_position_embeddings
+    length = options.seq_length or own_length
+    if options.save_hf is not None and length < own_length:
+        raise ValueError(f"--seq-length: expected {own_length} or more, the context of {source.name}, got {length}")
     with (
         hold_run(options.save, checkpoint_bytes(architecture, architecture.dtype)) as lock,
         hold_export(options.save_hf, architecture, architecture.dtype) as export_lock,
@@ -61,7 +64,7 @@ def convert(config: ConversionConfig) -> str:
             iteration=0,
             consumed_samples=0,
             seq_length=length,
-            old_context=architecture.max_position_embeddings,
+            old_context=own_length,
             loader={},
         )
         return str(save_checkpoint(options.save, chunks, state, layout, lock=lock, tokenizer_dir=source.tokenizer_dir))
