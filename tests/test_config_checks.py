@@ -79,6 +79,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"hierarchical_context_parallel_sizes": (1, 1)}, "expected --cp-comm-type a2a+p2p, got p2p"),
     ({"cp_comm_type": "a2a", "transformer_impl": "local"}, "--cp-comm-type: a2a is Transformer Engine's"),
     ({"seq_length": 1}, "--seq-length: expected 2 or more, got 1"),
+    ({"seq_length": 10**9}, "--seq-length: expected at most 100000000, got 1000000000"),
     ({"seq_length": 250, "context_parallel_size": 4}, "--seq-length: expected a multiple of 8"),
     ({"seq_length": 255, "tensor_model_parallel_size": 2}, "--seq-length: expected a multiple of 2"),
     (
@@ -246,6 +247,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"profile": True, "save": "run", "profile_ranks": (-1,)}, "--profile-ranks: expected ranks of 0 to ..., got -1"),
     ({"rotary_base": 0.0}, "--rotary-base: expected more than 0"),
     ({"rope_scaling_type": "yarn", "rope_scaling_factor": 0.5}, "--rope-scaling-factor: expected 1 or more, got 0.5"),
+    ({"rope_scaling_type": "ntk", "rope_scaling_factor": 1e7}, "--rope-scaling-factor: expected at most 1000000"),
     ({"rope_scaling_factor": 2.0}, "--rope-scaling-factor: expected a --rope-scaling-type to scale with, got None"),
     ({"rope_scaling_type": "none", "rope_scaling_factor": 2.0}, "--rope-scaling-type to scale with, got none"),
 ]

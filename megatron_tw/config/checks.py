@@ -28,6 +28,7 @@ from megatron_tw.config.schema import (
 LARGEST_BATCH = 10**6
 """Rows of a step; beyond it, somebody's slip."""
 LARGEST_STEP = 10**9
+LARGEST_FACTOR = 10**6
 
 
 def check_config(config: RunConfig, world_size: int | None = None) -> None:
@@ -145,6 +146,7 @@ def check_model(model: ModelConfig) -> None:
     """Ranges of what becomes another in the model."""
     above(0, rotary_base=model.rotary_base)
     at_least(1, rope_scaling_factor=model.rope_scaling_factor)
+    at_most(LARGEST_FACTOR, rope_scaling_factor=model.rope_scaling_factor)
     require(
         model.rope_scaling_factor is None or model.rope_scaling_type not in (None, "none"),
         f"--rope-scaling-factor: expected a --rope-scaling-type to scale with, got {model.rope_scaling_type}",

@@ -9,6 +9,8 @@ from megatron_tw.config.options import flag
 from megatron_tw.config.ranges import at_least, at_most, require
 from megatron_tw.config.schema import DataParallelConfig, ParallelConfig, TrainConfig
 
+LARGEST_ROW = 10**8
+"""Tokens; beyond it, somebody's slip."""
 LARGEST_TIMEOUT = 60 * 24 * 365
 """Minutes: a year. What the system's clocks take ends not far above."""
 
@@ -92,6 +94,7 @@ def check_data_parallel(data_parallel: DataParallelConfig) -> None:
 def check_seq_length(parallel: ParallelConfig, seq_length: int) -> None:
     """That a row can be cut into the slices of the CP ranks, and those into the parts of sequence parallelism."""
     at_least(2, seq_length=seq_length)
+    at_most(LARGEST_ROW, seq_length=seq_length)
     require(
         seq_length % parallel.seq_length_multiple == 0,
         f"--seq-length: expected a multiple of {parallel.seq_length_multiple} for --context-parallel-size "

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from megatron_tw.config.checks import check_config
 from megatron_tw.config.options import PATHS, flag
+from megatron_tw.config.ranges import at_most
 from megatron_tw.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -13,6 +14,8 @@ from megatron_tw.config.schema import (
     TrainConfig,
 )
 
+LARGEST_WORLD = 10**6
+"""GPUs; beyond it, somebody's slip."""
 DOES_NOT_FIT = 3
 """Exit status of tools/plan.py where the layout does not fit the GPU."""
 
@@ -122,6 +125,7 @@ def check_plan(config: PlanConfig) -> None:
     for name in ("world_size", "gpus_per_node", "finalists", "processes"):
         if getattr(plan, name) < 1:
             raise ValueError(f"{flag(name)}: expected 1 or more, got {getattr(plan, name)}")
+    at_most(LARGEST_WORLD, world_size=plan.world_size, gpus_per_node=plan.gpus_per_node)
     rates = ("gpu_memory_gib", "peak_tflops", "gemm_tflops", "attention_tflops", "memory_gbytes_per_second")
     for name in (*rates, "nvlink_gbytes_per_second", "network_gbytes_per_second"):
         value = getattr(plan, name)

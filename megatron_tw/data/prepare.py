@@ -29,6 +29,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from megatron_tw.config.layout_checks import LARGEST_ROW
 from megatron_tw.data.documents import MASK_KEY, Document, check_memory, expand_inputs, read_documents
 from megatron_tw.data.growing import (
     GrowingFolder,
@@ -47,6 +48,7 @@ from megatron_tw.data.tokenizer import Encoder, Tokenizer, load_tokenizer
 
 GROUP_BYTES = 1 << 20  # of documents that travel to a worker together
 GROUPS_PER_WORKER = 4  # read ahead; bounds the memory
+MOST_WORKERS = 4096  # beyond it, somebody's slip
 SAVE_SECONDS = 30.0  # between two notes of how far the work has come
 LARGEST_STORED_ID = np.iinfo(np.int32).max
 
@@ -122,8 +124,12 @@ def prepare_rows(
     output = Path(output)
     if seq_length < 2:
         raise ValueError(f"--seq-length {seq_length}: a row needs at least 2 tokens")
+    if seq_length > LARGEST_ROW:
+        raise ValueError(f"--seq-length: expected at most {LARGEST_ROW}, got {seq_length}")
     if workers < 1:
         raise ValueError(f"--workers {workers}: at least 1 is needed")
+    if workers > MOST_WORKERS:
+        raise ValueError(f"--workers: expected at most {MOST_WORKERS}, got {workers}")
     pack = pack_multiple is not None
     if pack_multiple is not None and (pack_multiple < 1 or seq_length % pack_multiple):
         raise ValueError(f"--pack-multiple {pack_multiple}: expected a divisor of --seq-length {seq_length}")

@@ -31,6 +31,8 @@ from megatron_tw.model.rotary import (
     stretch_rope,
 )
 
+LARGEST_DEPTH = 10**4
+"""Layers; beyond it, a damaged file."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -137,6 +139,8 @@ def parse_architecture(raw: dict[str, Any], source: str) -> Architecture:
     for name, fixed in family.fixed.items():
         fixed.check(name, raw, source)
     values = {key.field: key.read(name, raw, source) for name, key in family.keys.items()}
+    if values["num_layers"] > LARGEST_DEPTH:  # of each of which the tensors are listed
+        raise ValueError(f"{source}: num_hidden_layers: expected at most {LARGEST_DEPTH}, got {values['num_layers']}")
     heads = values["num_attention_heads"]
     values["num_query_groups"] = groups = values["num_query_groups"] or heads
     if heads % groups:

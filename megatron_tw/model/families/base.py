@@ -10,6 +10,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron_tw.model.families.table import Parameter
 
 _REQUIRED: Any = object()
+_LARGEST = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,14 @@ class Key:
 
 
 def json_value(value: Any, kind: type, what: str, *, or_null: bool = False) -> Any:
-    """A value of config.json that must be an integer of 1 or more, a number more than 0, or true or false.
+    """A value of config.json that must be an integer of 1 or more (and of 64 bits), a number more than 0, or true or
+    false.
 
     Raises:
         ValueError: it is not; begins with `what`.
     """
+    if isinstance(value, int) and value > _LARGEST:
+        raise ValueError(f"{what}: expected at most {_LARGEST}, got {value}")
     if kind is bool:
         fits, expected = isinstance(value, bool), "true or false"
     elif kind is int:
