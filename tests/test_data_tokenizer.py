@@ -167,6 +167,17 @@ def test_hugging_face_vocabulary_with_holes(tmp_path: Path) -> None:
     assert load_tokenizer(folder).vocab_size == 1000
 
 
+def test_no_program_of_the_folder_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does transformers ask on the terminal whether to run it."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    folder = train_hugging_face(tmp_path / "own")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | own))
+    with pytest.raises(ValueError, match=r"--tokenizer .*own: transformers cannot open it: .* custom code"):
+        load_tokenizer(folder)
+
+
 def test_errors_name_the_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--tokenizer .*nothing: no such file or folder"):
         load_tokenizer(tmp_path / "nothing")

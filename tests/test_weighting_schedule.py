@@ -82,6 +82,7 @@ def test_base_is_the_scheme_of_the_other_options():
         ("0: dense 0.5", "expected 'STEP: SCHEME .*got '0: dense 0.5'"),
         ("0: dense interpolation=much", "in '0: dense interpolation=much': could not convert"),
         ("0: dense interpolation=2", r"in '0: dense interpolation=2': `interpolation`: .*\[0, 1\], got 2.0"),
+        ("0: dense interpolation=0.5 interpolation=0.75", "in '.*': interpolation: expected once, got twice"),
         ("0: densest", "in '0: densest': `name`: expected one of uniform"),
         ("0: sparse interpolation=0.5", "in '.*': `interpolation`: the scheme sparse takes sparsification"),
         ("0: base", "base stands for the argument `base`, which is not given"),

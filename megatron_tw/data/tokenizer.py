@@ -101,7 +101,11 @@ class HuggingFaceTokenizer:
         from transformers import AutoTokenizer  # seconds: only when it is asked for
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                str(folder),
+                local_files_only=True,
+                trust_remote_code=False,  # else it asks on the terminal whether to run a program of the folder
+            )
         except Exception as error:  # the tokenizers library raises bare Exception
             raise ValueError(f"--tokenizer {folder}: transformers cannot open it: {error}") from error
         self.path = folder

@@ -117,8 +117,7 @@ def _parse_stage(text: str, base: Scheme | None) -> Stage:
             f"got {text!r}"
         )
     try:
-        pairs = (pair.split("=", 1) for pair in match["parameters"].split())
-        parameters: dict[str, Any] = {name: float(number) for name, number in pairs}
+        parameters = read_numbers(match["parameters"].split())
         if match["scheme"] != BASE:
             scheme = preset(match["scheme"], **parameters)
         elif base is None:
@@ -131,6 +130,17 @@ def _parse_stage(text: str, base: Scheme | None) -> Stage:
     except ValueError as error:
         raise ValueError(f"`schedule`: in {text!r}: {error}") from None
     return Stage(int(match["step"]), match["move"], scheme)
+
+
+def read_numbers(pairs: Iterable[str]) -> dict[str, Any]:
+    """What texts `NAME=NUMBER` say. Raises ValueError for another text, and a name that comes twice."""
+    numbers: dict[str, Any] = {}
+    for pair in pairs:
+        name, number = pair.split("=", 1)
+        if name in numbers:
+            raise ValueError(f"{name}: expected once, got twice")
+        numbers[name] = float(number)
+    return numbers
 
 
 def _mix(before: Scheme, after: Scheme, share: float) -> Scheme:

@@ -14,6 +14,7 @@ import torch
 from megatron_tw.evaluation.position import beyond
 from megatron_tw.evaluation.result import EvaluationResult
 from megatron_tw.weighting import Scheme, token_weights
+from megatron_tw.weighting.schedule import read_numbers
 from megatron_tw.weighting.schemes import preset
 
 DEFAULT = ("dense", "sparse")
@@ -45,9 +46,9 @@ def parse_weighting(texts: Sequence[str]) -> dict[str, Scheme]:
     for given in texts:
         name, *pairs = given.split()
         try:
-            numbers = {key: float(value) for key, value in (pair.split("=", 1) for pair in pairs)}
+            numbers = read_numbers(pairs)
         except ValueError:
-            raise ValueError(f"--weighting {given!r}: expected SCHEME NAME=NUMBER ...") from None
+            raise ValueError(f"--weighting {given!r}: expected SCHEME NAME=NUMBER ..., each name once") from None
         try:
             scheme = preset(name, **numbers)
         except ValueError as error:
