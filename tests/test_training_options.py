@@ -105,8 +105,7 @@ def cosine(step: int, *, warmup: int, decay: int, high: float, low: float) -> fl
 @pytest.mark.parametrize("style", ["constant", "linear", "cosine"])
 def test_learning_rate(style, ranks, reference_data, tmp_path):
     high, low, warmup, steps = 1e-3, 1e-4, 2, 6
-    end = 0.0 if style == "constant" else low
-    schedule = OptimizationConfig(lr=high, min_lr=end, lr_decay_style=style, lr_warmup_iters=warmup)
+    schedule = OptimizationConfig(lr=high, min_lr=low, lr_decay_style=style, lr_warmup_iters=warmup)
     config = options(
         Axes(),
         reference_data,
@@ -140,7 +139,7 @@ def test_a_warm_up_longer_than_the_run_is_told_with_the_highest_rate(ranks, refe
     config = options(
         Axes(),
         reference_data,
-        optimizer=OptimizationConfig(lr=1e-3, lr_warmup_iters=20),
+        optimizer=OptimizationConfig(lr=1e-3, min_lr=1e-4, lr_warmup_iters=20),
         train=SHORT_RUN,
         checkpoint=CheckpointConfig(save=str(tmp_path / "run")),
     )
@@ -150,6 +149,7 @@ def test_a_warm_up_longer_than_the_run_is_told_with_the_highest_rate(ranks, refe
     assert highest == pytest.approx(1e-3 * (steps - 1) / 20)
     told = f"warning: --lr-warmup-iters 20 does not end within --train-iters {steps}: the highest learning rate of this"
     assert f"{told} run is {highest:.3g}, not --lr 0.001\n" in printed
+    assert "warning: --min-lr: nothing decays with --lr-decay-style constant\n" in printed
 
 
 def test_a_schedule_moves_from_uniform_to_dense(ranks, reference_data):

@@ -179,11 +179,6 @@ def check_optimizer(optimizer: OptimizationConfig) -> None:
         f"--lr-warmup-iters: expected less than --lr-decay-iters {optimizer.lr_decay_iters}, got "
         f"{optimizer.lr_warmup_iters}",
     )
-    for name in ("min_lr", "lr_decay_iters"):
-        require(
-            optimizer.lr_decay_style != "constant" or getattr(optimizer, name) == getattr(OptimizationConfig, name),
-            f"{flag(name)}: expected --lr-decay-style linear or cosine with it, got constant",
-        )
 
 
 def check_data(data: DataConfig, scorer: ScorerConfig) -> None:

@@ -145,7 +145,7 @@ def row_bos_id(option: int | None, rows: TokenRows, architecture: Architecture) 
     checkpoint's.
 
     Raises:
-        ValueError: the id is none of the vocabulary, or the option another than the BOS of the rows.
+        ValueError: the option is no id of the vocabulary, or another than the BOS of the rows.
     """
     if option is not None and not 0 <= option < architecture.vocab_size:
         raise ValueError(
@@ -157,12 +157,4 @@ def row_bos_id(option: int | None, rows: TokenRows, architecture: Architecture) 
         )
     if option is not None:
         return option
-    if rows.header.bos_id is not None:
-        return rows.header.bos_id
-    bos_id = architecture.bos_token_id
-    if bos_id is not None and bos_id >= architecture.vocab_size:
-        raise ValueError(
-            f"{architecture.source}: bos_token_id: expected an id of the vocabulary, 0 to "
-            f"{architecture.vocab_size - 1}, got {bos_id}; --bos-id names another"
-        )
-    return bos_id
+    return rows.header.bos_id if rows.header.bos_id is not None else architecture.bos_token_id

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from megatron_tw.config import RunConfig, differences
+from megatron_tw.config.options import flag
 from megatron_tw.data.blend import Blend, taken
 from megatron_tw.parallel.layout import Layout
 from megatron_tw.runtime.checkpoint import CONFIG_FILE
@@ -56,6 +57,9 @@ def describe_run(config: RunConfig, inputs: Inputs, layout: Layout, consumed_sam
             f"warning: --lr-warmup-iters {warmup} does not end within --train-iters {steps}: the highest learning "
             f"rate of this run is {highest:.3g}, not --lr {config.optimizer.lr:g}"
         )
+    for name in ("min_lr", "lr_decay_iters"):
+        if config.optimizer.lr_decay_style == "constant" and getattr(config.optimizer, name):
+            lines.append(f"warning: {flag(name)}: nothing decays with --lr-decay-style constant")
     if config.checkpoint.save is None and config.checkpoint.save_hf is None:
         lines.append("warning: neither --save nor --save-hf: nothing of this run is kept")
     return lines
