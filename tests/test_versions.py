@@ -107,3 +107,19 @@ def test_another_interpreter_gets_an_environment_of_its_own(tmp_path: Path, acti
     script = f'{functions}\n_tw_is_installed() {{ return 1; }}\n_tw_root="{tmp_path}"\n_tw_environment'
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(tmp_path / expected), done.stderr
+
+
+def test_what_a_removed_environment_leaves_is_no_installation(tmp_path: Path) -> None:
+    """`pip install -e` writes an egg-info into the clone, which Python finds from there."""
+    (tmp_path / "megatron_tw.egg-info").mkdir()
+    (tmp_path / "megatron_tw.egg-info" / "PKG-INFO").write_text("Name: megatron-tw\nVersion: 1\n")
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # without installed packages
+    python.chmod(0o755)
+    functions = (ROOT / "tools" / "setup_env.sh").read_text().removesuffix("_tw_setup\n")
+    done = subprocess.run(
+        ["bash", "-c", f'{functions}\n_tw_root="{tmp_path}"\n_tw_environment'],
+        env={"PATH": f"{python.parent}:{os.environ['PATH']}"}, cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == str(tmp_path / ".venv"), done.stderr

@@ -9,7 +9,8 @@ _tw_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 _tw_is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
-_tw_is_installed() { python -c 'import importlib.metadata as m; m.version("megatron-tw")' 2>/dev/null; }
+# Isolated: an egg-info in this folder, which stays when .venv is removed, is no installation.
+_tw_is_installed() { python -I -c 'import importlib.metadata as m; m.version("megatron-tw")' 2>/dev/null; }
 
 _tw_find_python() {
     local candidate
