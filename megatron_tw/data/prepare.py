@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_tw.config.layout_checks import LARGEST_ROW
+from megatron_tw.config.ranges import at_most
 from megatron_tw.data.documents import MASK_KEY, Document, check_memory, expand_inputs, read_documents
 from megatron_tw.data.growing import (
     GrowingFolder,
@@ -124,12 +125,10 @@ def prepare_rows(
     output = Path(output)
     if seq_length < 2:
         raise ValueError(f"--seq-length {seq_length}: a row needs at least 2 tokens")
-    if seq_length > LARGEST_ROW:
-        raise ValueError(f"--seq-length: expected at most {LARGEST_ROW}, got {seq_length}")
+    at_most(LARGEST_ROW, seq_length=seq_length)
     if workers < 1:
         raise ValueError(f"--workers {workers}: at least 1 is needed")
-    if workers > MOST_WORKERS:
-        raise ValueError(f"--workers: expected at most {MOST_WORKERS}, got {workers}")
+    at_most(MOST_WORKERS, workers=workers)
     pack = pack_multiple is not None
     if pack_multiple is not None and (pack_multiple < 1 or seq_length % pack_multiple):
         raise ValueError(f"--pack-multiple {pack_multiple}: expected a divisor of --seq-length {seq_length}")
