@@ -208,8 +208,10 @@ def _values_of_flags(flags: Sequence[str], options: Mapping[str, Option]) -> Ite
         name, equals, value = argument.partition("=")
         if argument.startswith("--"):
             option = by_flag.get(name)
-        if option is not None and (equals or not argument.startswith("--")):
-            yield option, value if argument.startswith("--") else argument
+            if option is not None and equals:
+                yield option, value
+        elif option is not None:
+            yield option, argument
 
 
 def _is_null(text: str) -> bool:
