@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_tw.config.compute_checks import check_activations, check_compute, check_fp8_tokens, check_kernels
 from megatron_tw.config.layout_checks import check_data_parallel, check_parallel, check_seq_length, num_microbatches
 from megatron_tw.config.options import flag
-from megatron_tw.config.ranges import above, at_least, at_most, require, within
+from megatron_tw.config.ranges import above, at_least, at_most, outside, require, within
 from megatron_tw.config.ruler import TASKS_WITHOUT_TEXT
 from megatron_tw.config.schema import (
     CheckpointConfig,
@@ -203,12 +203,12 @@ def check_logging(logging: LoggingConfig, checkpoint: CheckpointConfig, world_si
                 getattr(logging, switch) or getattr(logging, name) == getattr(LoggingConfig, name),
                 f"{flag(name)}: expected {flag(switch)} with it",
             )
-    for name in ("tensorboard_dir", "wandb_save_dir"):
-        folder, export = getattr(logging, name), checkpoint.save_hf
-        require(
-            folder is None or export is None or not Path(folder).resolve().is_relative_to(Path(export).resolve()),
-            f"{flag(name)}: expected a folder outside --save-hf {export}, which must be empty at the end, got {folder}",
-        )
+    outside(
+        "--save-hf",
+        checkpoint.save_hf,
+        tensorboard_dir=logging.tensorboard_dir,
+        wandb_save_dir=logging.wandb_save_dir,
+    )
     require(not logging.profile or checkpoint.save is not None, "--profile: expected --save with it")
     at_least(0, profile_step_start=logging.profile_step_start)
     require(

@@ -1,12 +1,12 @@
 """Options of tools/evaluate.py."""
 
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 
 from megatron_tw.config.checks import check_least_context, check_model, check_own_windows
 from megatron_tw.config.compute_checks import check_compute
 from megatron_tw.config.layout_checks import check_parallel, check_seq_length
 from megatron_tw.config.options import flag, options_of
+from megatron_tw.config.ranges import outside
 from megatron_tw.config.ruler import RulerOptions, check_ruler
 from megatron_tw.config.schema import ComputeConfig, ModelConfig, ParallelConfig, WindowsConfig
 
@@ -133,7 +133,7 @@ def check_evaluation(config: EvaluationConfig, world_size: int) -> None:
     if "longppl" in options.tasks:
         assert options.seq_length is not None
         check_longppl(config.longppl, options.seq_length)
-        check_cache(config.longppl, options.output)
+        outside("--output", options.output, longppl_cache=config.longppl.longppl_cache)
     check_ruler(config.ruler)
     for name, value in (
         ("eval_rows", options.eval_rows),
@@ -180,19 +180,6 @@ def check_read(config: EvaluationConfig) -> None:
         raise ValueError(
             f"--ruler-backend {config.ruler.ruler_backend}: expected --ruler-scoring generation with it, got "
             f"{config.ruler.ruler_scoring}"
-        )
-
-
-def check_cache(longppl: LongPplOptions, output: str) -> None:
-    """That the cache is not in the way of the result.
-
-    Raises:
-        ValueError: names the option.
-    """
-    cache = longppl.longppl_cache
-    if cache is not None and Path(cache).resolve().is_relative_to(Path(output).resolve()):
-        raise ValueError(
-            f"--longppl-cache: expected a folder outside --output {output}, which must be empty at the end, got {cache}"
         )
 
 
