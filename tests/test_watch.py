@@ -207,7 +207,10 @@ def test_steps_before_a_checkpoint_are_on_disk_whatever_follows(tmp_path, monkey
 @pytest.mark.parametrize(("mode", "sent"), [("offline", [1, 2, 3]), ("online", [3])])
 def test_an_offline_run_of_weights_and_biases_gets_the_steps_before_again(mode, sent, tmp_path):
     """`wandb sync` puts its file in the place of that of the run before."""
-    numbers = {"weighted_loss": 1.0, "lm_loss": 2.0, "grad_norm": None, "tokens_per_second": 4.0, "learning_rate": 5.0}
+    numbers = {
+        "weighted_loss": 1.0, "lm_loss": 2.0, "grad_norm": None, "tokens_per_second": 4.0, "learning_rate": 5.0,
+        "ruler": {"niah": 6.0, "vt": None},
+    }  # fmt: skip
     lines = [json.dumps({"iteration": step, **numbers}) + "\n" for step in range(1, 5)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
     logged: list[dict] = []
@@ -217,7 +220,7 @@ def test_an_offline_run_of_weights_and_biases_gets_the_steps_before_again(mode, 
     log.close()
     assert [step["iteration"] for step in logged] == sent
     assert all(step == logged[0] | {"iteration": step["iteration"]} for step in logged)
-    assert logged[0].keys() == {"iteration", *numbers} - {"grad_norm"}
+    assert logged[0].keys() == {"iteration", *numbers, "ruler/niah"} - {"grad_norm", "ruler"}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="the package is here")

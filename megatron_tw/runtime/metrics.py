@@ -131,7 +131,7 @@ def scalars(metrics: dict[str, Any]) -> dict[str, float]:
     found = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
     for name, value in metrics.items():
         if isinstance(value, dict):
-            found |= {f"{name}/{part}": number for part, number in value.items()}
+            found |= {f"{name}/{part}": number for part, number in value.items() if number is not None}
     for prefix in ("", "valid_"):
         for bucket in metrics.get(f"{prefix}by_position", ()):
             for name in bucket.keys() - {"first", "last", "targets"}:
